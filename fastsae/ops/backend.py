@@ -1,0 +1,149 @@
+"""Who computes an op, on which device, and why.
+
+Three modules implement the same functions under the same names: `fastsae.ops.reference` (plain torch,
+the oracle), `fastsae.ops.native` (compiled C++/CUDA leaf ops) and `fastsae.kernels.<stem>` (Triton).
+`choose` picks one from the device, the dtype and what is built. `FASTSAE_BACKEND` or the argument
+`backend=` forces one; a backend that cannot serve the call is an error, never a silent substitute.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+BACKENDS = ("reference", "native", "triton")
+_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
+_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# op -> (stem of the Triton file, leaf ops the native implementation calls)
+OPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "topk": ("topk", ("_topk_rows",)),
+    "encode_topk": ("encode", ("_encode_topk_rows",)),
+    "encode_threshold": ("encode", ("_encode_threshold_rows",)),
+    "decode": ("decode", ("_decode_rows",)),
+    "gather_dot": ("decode", ("_gather_dot",)),
+    "sparse_outer": ("sparse_outer", ("_sparse_outer",)),
+    "mi_topk": ("mi", ("_mi_topk",)),
+    "steer": ("steer", ("_steer_rows",)),
+}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot serve this call; the message ends with the fix."""
+
+
+class Choice(NamedTuple):
+    """The backend that serves an op and the reason, as `fastsae env` prints them."""
+
+    name: str
+    reason: str
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in Triton's CPU interpreter (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if importlib.util.find_spec("fastsae.kernels") is None:
+        return "fastsae.kernels is not installed (pip install --no-build-isolation -e .)"
+    return None
+
+
+@functools.cache
+def _native_missing(op: str, key: str) -> str | None:
+    from fastsae.ops import extension
+
+    if extension.problem() is not None:
+        return extension.problem()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    absent = [leaf for leaf in OPS[op][1] if not has(f"fastsae::{leaf}", key)]
+    if not absent:
+        return None
+    if key == "CUDA":
+        return "not in the extension for CUDA (rebuild with FASTSAE_BUILD=cuda)"
+    return f"the extension lacks {', '.join(absent)} (rebuild: make build)"
+
+
+def unavailable(op: str, name: str, device: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why backend `name` cannot serve `op` on this device type and dtype; None when it can."""
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, accepted are {', '.join(OPS)}")
+    if name not in BACKENDS:
+        raise BackendError(
+            f"backend: got {name!r}, accepted are {', '.join(BACKENDS)} (argument backend= or the "
+            "environment variable FASTSAE_BACKEND)"
+        )
+    if name == "reference":
+        return None
+    if dtype not in _FAST_DTYPES:
+        return (
+            f"{name} computes in fp32; {str(dtype).removeprefix('torch.')} is served by reference"
+        )
+    if name == "native":
+        return _native_missing(op, device.upper())
+    if device == "cpu" and not interpreting():
+        return "Triton needs a GPU (on the CPU only its interpreter: TRITON_INTERPRET=1)"
+    return _triton_missing()
+
+
+def supported(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+    """Backends that can serve `op` here, the chosen one first."""
+    names = _ORDER.get(device, ("reference",))
+    if interpreting():
+        names = (*names, *(n for n in BACKENDS if n not in names))
+    return tuple(n for n in names if unavailable(op, n, device, dtype) is None)
+
+
+def choose(op: str, *tensors: torch.Tensor, backend: str | None = None) -> Choice:
+    """Backend for `op` on these tensors.
+
+    Raises BackendError when `backend` (or FASTSAE_BACKEND) names one that cannot serve the call.
+    float64 calls go to reference unless a backend is named by argument: it is the oracle.
+    """
+    device = tensors[0].device.type
+    dtype = functools.reduce(
+        torch.promote_types, (t.dtype for t in tensors if t.is_floating_point())
+    )
+    forced = backend or os.environ.get("FASTSAE_BACKEND") or None
+    return _choose(op, device, dtype, forced, "argument" if backend else "FASTSAE_BACKEND")
+
+
+@functools.cache
+def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None, by: str) -> Choice:
+    if forced is not None:
+        if dtype == torch.float64 and by == "FASTSAE_BACKEND" and forced in BACKENDS:
+            return Choice("reference", "float64: the oracle serves it")
+        why = unavailable(op, forced, device, dtype)
+        if why is not None:
+            raise BackendError(f"backend {forced!r} ({by}) cannot serve {op} on {device}: {why}")
+        return Choice(forced, f"forced by {by}")
+    passed: list[str] = []
+    for name in _ORDER.get(device, ("reference",)):
+        why = unavailable(op, name, device, dtype)
+        if why is None:
+            return Choice(name, "; ".join(passed) or f"first choice on {device}")
+        passed.append(f"{name}: {why}")
+    raise AssertionError("reference serves everything")
+
+
+@functools.cache
+def implementation(op: str, name: str) -> Callable:
+    """The function that computes `op` in backend `name` (imported on first use)."""
+    if name == "triton":
+        module = importlib.import_module(f"fastsae.kernels.{OPS[op][0]}")
+    else:
+        module = importlib.import_module(f"fastsae.ops.{name}")
+    return getattr(module, op)
+
+
+def call(op: str, backend: str, tensors: tuple[torch.Tensor, ...], *args):
+    """Run `op` with the chosen backend; `tensors` decide device and dtype."""
+    return implementation(op, choose(op, *tensors, backend=backend or None).name)(*args)

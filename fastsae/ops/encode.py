@@ -1,0 +1,86 @@
+"""Sparse encoding: from residual activations to the few active latents."""
+
+import torch
+from torch import Tensor
+
+from fastsae.errors import FastsaeError
+from fastsae.ops import check
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    *,
+    b_dec: Tensor | None = None,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest pre-activations h = W_enc (x − b_dec) + b_enc, never storing [N, F].
+
+    x [..., D], W_enc [F, D], b_enc [F], b_dec [D] or None (nothing is subtracted), 1 ≤ k ≤ F.
+    Returns values [..., k] float32 (float64 if x or W_enc is) and indices [..., k] int32.
+
+    The *signed* h are ranked in fp32, ties go to the lower index, then ReLU: active latents (h > 0)
+    come first in descending order; the rest of a row is padding with value 0 and the lowest indices
+    the row does not use. A NaN pre-activation is active. `precision="exact"`: low precision may
+    screen, with a proof per row, and survivors are rescored in fp32. `"fast"` ranks and returns
+    what the screen computed: bf16 operands, so values err by about 2⁻⁸ relative and near-ties may swap.
+
+    Gradients: values → x, W_enc, b_enc, b_dec; without [N, k, D]; indices have none.
+    Source: Gao et al. 2024 (arXiv 2406.04093) for TopK; MATH.md §2 for the certificate.
+    """
+    flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
+    check.count("k", k, W_enc.shape[0], "d_sae")
+    check.one_of("precision", precision, ("exact", "fast"))
+    values, indices = torch.ops.fastsae.encode_topk(
+        flat, W_enc, b_enc, k, b_dec, precision, backend or ""
+    )
+    shape = (*x.shape[:-1], k)
+    return values.view(shape), indices.view(shape)
+
+
+def encode_threshold(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    *,
+    b_dec: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h·1[h > θ_f]·1[h > 0] with h = W_enc (x − b_dec) + b_enc, as compressed sparse rows.
+
+    x [..., D], W_enc [F, D], b_enc [F], threshold θ [F] or a scalar tensor, b_dec [D] or None. The
+    comparison is strict and in fp32 whatever the weights' type; NaN is kept.
+    Returns values [nnz] float32, indices [nnz] int32 (ascending inside a row) and row_offsets [N + 1]
+    int64 over the flattened leading dimensions of x. With θ = 0 this is a ReLU SAE.
+
+    Gradients: values → x, W_enc, b_enc, b_dec on the active set; threshold has none (its gradient is
+    zero almost everywhere; train thresholds with a straight-through estimator elsewhere).
+    Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
+    """
+    flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
+    check.floating("threshold", threshold)
+    if threshold.dim() == 0:
+        threshold = threshold.expand(W_enc.shape[0])
+    threshold = check.vector("threshold", threshold, W_enc.shape[0])
+    check.same_device(x=x, threshold=threshold)
+    return torch.ops.fastsae.encode_threshold(flat, W_enc, b_enc, threshold, b_dec, backend or "")
+
+
+def _arguments(x, W_enc, b_enc, b_dec):
+    W_enc = check.matrix("W_enc", W_enc)
+    features, width = W_enc.shape
+    if features == 0 or width == 0:
+        raise FastsaeError(
+            f"W_enc: got shape {list(W_enc.shape)}, expected a non-empty [d_sae, d_in]"
+        )
+    check.same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
+    return (
+        check.rows("x", x, width),
+        W_enc,
+        check.vector("b_enc", b_enc, features),
+        check.vector("b_dec", b_dec, width),
+    )

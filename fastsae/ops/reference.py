@@ -1,0 +1,234 @@
+"""Every op in plain torch: the oracle of the tests, and what runs where nothing is compiled.
+
+float64 in gives float64 out; every other floating type is computed in float32. No function
+materialises [N, F] or [F, V] beyond a tile of 64 MB. Formulas: see the public functions in
+fastsae/ops/<op>.py.
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 64 << 20
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any operand is float64, else float32 (pre-activations are never half precision)."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """Matrix products in full fp32 whatever the process-wide flags and autocast say.
+
+    `set_float32_matmul_precision("medium")` turns CPU fp32 products into bf16 ones (error 0.38 where
+    8.6e-5 is expected); an exact engine must not inherit that.
+    """
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+def tiles(n: int, row_bytes: int):
+    """Row slices of a problem with n rows so that one tile stays within TILE_BYTES."""
+    step = max(1, TILE_BYTES // max(1, row_bytes))
+    return (slice(i, min(i + step, n)) for i in range(0, n, step))
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if bool(torch.isnan(x).any()):
+        values, indices = torch.sort(x, dim=-1, descending=True, stable=True)
+        return values[:, :k].contiguous(), indices[:, :k].to(torch.int32)
+    last = torch.topk(x, k, dim=-1).values[:, -1:]
+    above, equal = x > last, x == last
+    wanted = k - above.sum(-1, keepdim=True)
+    member = above | (equal & (equal.cumsum(-1) <= wanted))
+    indices = member.nonzero()[:, 1].view(x.shape[0], k)
+    values, order = torch.sort(x.gather(1, indices), dim=-1, descending=True, stable=True)
+    return values, indices.gather(1, order).to(torch.int32)
+
+
+def relu_with_padding(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """ReLU of descending top-k values; what is not active becomes padding.
+
+    Padding has value 0 and the lowest indices that the row's active latents do not use, ascending.
+    Those are below k, because k entries minus the active ones are wanted.
+    """
+    n, k = values.shape
+    active = ~(values <= 0)
+    count = active.sum(-1, keepdim=True)
+    used = torch.zeros(n, k + 1, dtype=torch.bool, device=values.device)
+    used.scatter_(1, torch.where(active, indices.long(), k).clamp(max=k), True)
+    unused = torch.argsort(used[:, :k].to(torch.uint8), dim=-1, stable=True)
+    slot = torch.arange(k, device=values.device)
+    padding = unused.gather(1, (slot - count).clamp(min=0))
+    return torch.where(active, values, 0), torch.where(active, indices, padding.to(indices.dtype))
+
+
+def centred(x: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if b_dec is None else x.to(dtype) - b_dec.to(dtype)
+
+
+def encode_topk(x, W_enc, b_enc, k, b_dec=None, precision="exact") -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x, W_enc)
+    n, f = x.shape[0], W_enc.shape[0]
+    values = torch.empty(n, k, dtype=dtype, device=x.device)
+    indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
+    weights, bias = W_enc.to(dtype), b_enc.to(dtype)
+    with full_precision(x.device):
+        for rows in tiles(n, 4 * f * weights.element_size()):
+            h = torch.addmm(bias, centred(x[rows], b_dec, dtype), weights.T)
+            values[rows], indices[rows] = relu_with_padding(*topk(h, k))
+    return values, indices
+
+
+def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x, W_enc)
+    n, f = x.shape[0], W_enc.shape[0]
+    weights, bias = W_enc.to(dtype), b_enc.to(dtype)
+    floor = threshold.to(dtype).clamp(min=0)
+    values, indices, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=x.device)]
+    with full_precision(x.device):
+        for rows in tiles(n, 3 * f * weights.element_size()):
+            h = torch.addmm(bias, centred(x[rows], b_dec, dtype), weights.T)
+            keep = ~(h <= floor)
+            values.append(h[keep])
+            indices.append(keep.nonzero()[:, 1].to(torch.int32))
+            counts.append(keep.sum(-1))
+    if not values:
+        empty = torch.empty(0, dtype=dtype, device=x.device)
+        return empty, empty.to(torch.int32), counts[0]
+    return torch.cat(values), torch.cat(indices), torch.cat(counts).cumsum(0)
+
+
+def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    n, d = values.shape[0], W_dec.shape[1]
+    dtype = compute_dtype(values, W_dec)
+    out = torch.empty(
+        n, d, dtype=torch.promote_types(values.dtype, W_dec.dtype), device=values.device
+    )
+    for rows in tiles(n, 2 * values.shape[1] * d * 8):
+        v = values[rows].to(dtype).unsqueeze(-1)
+        # A zero entry is padding: it must not meet an Inf or NaN in a weight row it does not use.
+        terms = torch.where(v == 0, 0, v * W_dec[indices[rows].long()].to(dtype))
+        total = terms.sum(1)
+        out[rows] = total if b_dec is None else total + b_dec.to(dtype)
+    return out
+
+
+def gather_dot(g: Tensor, W: Tensor, indices: Tensor) -> Tensor:
+    n, k = indices.shape
+    dtype = compute_dtype(g, W)
+    out = torch.empty(n, k, dtype=dtype, device=g.device)
+    for rows in tiles(n, 2 * k * W.shape[1] * 8):
+        picked = W[indices[rows].long()].to(dtype)
+        out[rows] = (picked * g[rows].to(dtype).unsqueeze(1)).sum(-1)
+    return out
+
+
+def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(values, g)
+    dW = torch.zeros(F, g.shape[1], dtype=dtype, device=g.device)
+    db = torch.zeros(F, dtype=dtype, device=g.device)
+    entries, features = values.to(dtype).flatten(), indices.flatten().long()
+    token = torch.arange(values.numel(), device=g.device) // max(1, values.shape[1])
+    # One stable sort groups the entries by feature in ascending token order: no atomics, one order.
+    order = torch.argsort(features, stable=True)
+    order = order[entries[order] != 0]
+    for part in order.split(max(1, TILE_BYTES // (g.shape[1] * 8))):
+        terms = entries[part, None] * g[token[part]].to(dtype)
+        dW.index_add_(0, features[part], terms)
+        db.index_add_(0, features[part], entries[part])
+    return dW, db
+
+
+def mi_topk(features, words, top, objective="mi", temperature=1.0) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(features, words)
+    n, v = features.shape[0], words.shape[0]
+    f, w = features.to(dtype), words.to(dtype)
+    column = torch.full((v,), -math.inf, dtype=dtype, device=f.device)
+    scores = torch.empty(n, top, dtype=dtype, device=f.device)
+    indices = torch.empty(n, top, dtype=torch.int32, device=f.device)
+    with full_precision(f.device):
+        if objective != "logit":
+            for rows in tiles(n, 4 * v * f.element_size()):
+                logits = f[rows] @ w.T / temperature
+                column = torch.logaddexp(column, logits.logsumexp(0))
+        for rows in tiles(n, 4 * v * f.element_size()):
+            raw = f[rows] @ w.T
+            scores[rows], indices[rows] = topk(_score(raw, column, n, objective, temperature), top)
+    return scores, indices
+
+
+def _score(raw: Tensor, column: Tensor, n_features: int, objective: str, temperature: float):
+    """Scores of one feature tile from its raw logits and the column log-sum-exp log Σ_f e^(L/T)."""
+    if objective == "logit":
+        return raw
+    logits = raw / temperature
+    log_p_f = logits - column
+    if objective == "pmi":
+        return log_p_f
+    p_v = logits.softmax(-1)
+    return p_v * (log_p_f + math.log(n_features)) if objective == "mi" else p_v * log_p_f
+
+
+def steer(x: Tensor, slots: Tensor, strengths: Tensor, table) -> Tensor:
+    out = x.clone()
+    with full_precision(x.device):
+        for slot in slots.unique().tolist():
+            if slot != 0:
+                rows = (slots == slot).nonzero()[:, 0]
+                out[rows] = _steer_slot(x[rows], slot, strengths[rows], table)
+    return out
+
+
+def _steer_slot(x: Tensor, slot: int, strengths: Tensor, t) -> Tensor:
+    dtype = compute_dtype(x, t.enc)
+    r, s = x.to(dtype), strengths.to(dtype).unsqueeze(-1)
+
+    def acts(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        rows = t.item_row[begin:end].long()
+        h = r @ t.enc[rows].to(dtype).T + t.bias[rows].to(dtype)
+        floor = t.theta[rows].to(dtype).clamp(min=0)
+        return torch.where(h <= floor, 0, h), t.dec[rows].to(dtype)
+
+    gate = int(t.gate_begin[slot]), int(t.gate_end[slot])
+    passes = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    if gate[1] > gate[0]:
+        passes = acts(*gate)[0].mean(-1) >= t.gate_above[slot]
+    for p in range(t.op_kind.shape[1]):
+        kind, begin, end = int(t.op_kind[slot, p]), int(t.op_begin[slot, p]), int(t.op_end[slot, p])
+        if kind == 0 or end <= begin:
+            continue
+        a, d = acts(begin, end)
+        value = t.item_value[begin:end].to(dtype)
+        if kind == 5:
+            r = _enforce(r, a, d, s, t.op_scalar[slot, p].to(dtype))
+            continue
+        coefficient = {
+            1: lambda a=a, value=value: value * a,
+            2: lambda a=a, value=value: value - a,
+            3: lambda a=a, value=value: (value - a).clamp(min=0),
+            4: lambda a=a, value=value: value.expand_as(a),
+        }[kind]()
+        r = r + s * (coefficient @ d)
+    if int(t.norm_preserve[slot]):
+        before, after = x.to(dtype).norm(dim=-1, keepdim=True), r.norm(dim=-1, keepdim=True)
+        r = torch.where(after > 0, r * (before / after), r)
+    return torch.where(passes.unsqueeze(-1), r.to(x.dtype), x)
+
+
+def _enforce(r: Tensor, a: Tensor, d: Tensor, s: Tensor, magnitude: Tensor) -> Tensor:
+    v = (magnitude - a).clamp(min=0)
+    total = v.sum(-1, keepdim=True)
+    moved = r + s * magnitude * ((v / total.clamp(min=torch.finfo(v.dtype).tiny)) @ d)
+    before, after = r.norm(dim=-1, keepdim=True), moved.norm(dim=-1, keepdim=True)
+    return torch.where((total > 0) & (after > 0), moved * (before / after), r)
