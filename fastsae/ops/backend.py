@@ -1,8 +1,9 @@
 """Who computes an op, on which device, and why.
 
-Three modules implement the same functions under the same names: `fastsae.ops.reference` (plain torch,
-the oracle), `fastsae.ops.native` (compiled C++/CUDA leaf ops) and `fastsae.kernels.<stem>` (Triton).
-`choose` picks one from the device, the dtype and what is built. `FASTSAE_BACKEND` or the argument
+Three modules implement the same functions under the same names: `fastsae.ops.reference` (plain
+torch, the oracle), `fastsae.ops.native` (compiled C++/CUDA leaf ops) and `fastsae.kernels.<stem>`
+(Triton). `choose` picks one from the device, the dtype and what is built. `FASTSAE_BACKEND` or the
+argument
 `backend=` forces one; a backend that cannot serve the call is an error, never a silent substitute.
 """
 
@@ -22,12 +23,15 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # op -> (stem of the Triton file, leaf ops the native implementation calls)
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "topk": ("topk", ("_topk_rows",)),
-    "encode_topk": ("encode", ("_encode_topk_rows",)),
-    "encode_threshold": ("encode", ("_encode_threshold_rows",)),
+    "encode_topk": ("encode", ("_encode_centre", "_encode_weights", "_encode_topk_rows")),
+    "encode_threshold": (
+        "encode",
+        ("_encode_centre", "_encode_weights", "_encode_threshold_rows"),
+    ),
     "decode": ("decode", ("_decode_rows",)),
     "gather_dot": ("decode", ("_gather_dot",)),
     "sparse_outer": ("sparse_outer", ("_sparse_outer",)),
-    "mi_topk": ("mi", ("_mi_topk",)),
+    "mi_topk": ("mi", ("_mi_columns", "_mi_topk")),
     "steer": ("steer", ("_steer_rows",)),
 }
 

@@ -1,21 +1,35 @@
 """Argument checks shared by the public ops: one clear error before any kernel sees a tensor."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise FastsaeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in FLOATS:
+        raise FastsaeError(
+            f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64"
+        )
 
 
 def matrix(name: str, tensor: Tensor, columns: int | None = None) -> Tensor:
     """A floating [rows, columns] tensor, contiguous."""
     floating(name, tensor)
     if tensor.dim() != 2 or (columns is not None and tensor.shape[1] != columns):
-        wanted = f"[F, {columns}]" if columns is not None else "a 2-D tensor"
+        wanted = f"[rows, {columns}]" if columns is not None else "a 2-D tensor"
         raise FastsaeError(f"{name}: got shape {list(tensor.shape)}, expected {wanted}")
     return tensor.contiguous()
 
 
 def vector(name: str, tensor: Tensor | None, length: int) -> Tensor | None:
+    """A floating [length] tensor, contiguous; None stays None."""
     if tensor is None:
         return None
     floating(name, tensor)
@@ -24,22 +38,35 @@ def vector(name: str, tensor: Tensor | None, length: int) -> Tensor | None:
     return tensor.contiguous()
 
 
-def floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise FastsaeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise FastsaeError(
-            f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64"
-        )
-
-
 def rows(name: str, tensor: Tensor, width: int | None = None) -> Tensor:
     """Any [..., width] floating tensor as a contiguous 2-D one."""
     floating(name, tensor)
     if tensor.dim() == 0 or (width is not None and tensor.shape[-1] != width):
         wanted = f"[..., {width}]" if width is not None else "at least one dimension"
         raise FastsaeError(f"{name}: got shape {list(tensor.shape)}, expected {wanted}")
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+    return flat(tensor)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[..., width] -> [N, width], contiguous. N is counted: reshape(-1, 0) would be ambiguous."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]).contiguous()
+
+
+def indices(name: str, tensor: Tensor, limit: int) -> Tensor:
+    """Row numbers in [0, limit) as contiguous int32; int64 is accepted."""
+    if not isinstance(tensor, Tensor):
+        raise FastsaeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise FastsaeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
+    # Reading the extremes of a GPU tensor would synchronise, and under compile there is no data:
+    # there the kernels do the checking.
+    if tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(tensor))
+        if low < 0 or high >= limit:
+            raise FastsaeError(
+                f"{name}: got values from {low} to {high}, expected 0 to {limit - 1}"
+            )
+    return tensor.to(torch.int32).contiguous()
 
 
 def same_device(**tensors: Tensor | None) -> None:

@@ -7,10 +7,10 @@ from torch import Tensor
 def csr_to_padded(
     values: Tensor, indices: Tensor, row_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values [nnz], indices [nnz], row_offsets [N+1]) -> (values [N, K], indices [N, K], counts [N]).
+    """values [nnz], indices [nnz], row_offsets [N+1] -> values [N, K], indices [N, K], counts [N].
 
-    K is the largest count of a row (at least 1). Padding: value 0, index 0; the order inside a row is
-    kept. Costs one host synchronisation, because K is a shape.
+    K is the largest count of a row (at least 1). Padding: value 0, index 0; the order inside a row
+    is kept. Costs one host synchronisation, because K is a shape. Differentiable in values.
     """
     counts = row_offsets.diff()
     n = counts.numel()

@@ -26,7 +26,8 @@ def encode_topk(
     come first in descending order; the rest of a row is padding with value 0 and the lowest indices
     the row does not use. A NaN pre-activation is active. `precision="exact"`: low precision may
     screen, with a proof per row, and survivors are rescored in fp32. `"fast"` ranks and returns
-    what the screen computed: bf16 operands, so values err by about 2⁻⁸ relative and near-ties may swap.
+    what the screen computed: bf16 operands, so values err by about 2⁻⁸ relative and near-ties may
+    swap.
 
     Gradients: values → x, W_enc, b_enc, b_dec; without [N, k, D]; indices have none.
     Source: Gao et al. 2024 (arXiv 2406.04093) for TopK; MATH.md §2 for the certificate.
@@ -54,11 +55,11 @@ def encode_threshold(
 
     x [..., D], W_enc [F, D], b_enc [F], threshold θ [F] or a scalar tensor, b_dec [D] or None. The
     comparison is strict and in fp32 whatever the weights' type; NaN is kept.
-    Returns values [nnz] float32, indices [nnz] int32 (ascending inside a row) and row_offsets [N + 1]
-    int64 over the flattened leading dimensions of x. With θ = 0 this is a ReLU SAE.
+    Returns values [nnz] float32, indices [nnz] int32 (ascending inside a row) and row_offsets
+    [N + 1] int64 over the flattened leading dimensions of x. With θ = 0 this is a ReLU SAE.
 
-    Gradients: values → x, W_enc, b_enc, b_dec on the active set; threshold has none (its gradient is
-    zero almost everywhere; train thresholds with a straight-through estimator elsewhere).
+    Gradients: values → x, W_enc, b_enc, b_dec on the active set; threshold has none (its gradient
+    is zero almost everywhere; train thresholds with a straight-through estimator elsewhere).
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
     """
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)

@@ -18,12 +18,13 @@ def problem() -> str | None:
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        return f"the extension does not load into torch {torch.__version__}: {first} ({_REBUILD})"
+        version = torch.__version__
+        return f"the extension does not load into torch {version}: {first} ({_REBUILD})"
     return None
 
 
 def build_info() -> dict[str, object]:
-    """What `fastsae._C` knows of the build (compiler, torch, architectures); empty when not built."""
+    """What `fastsae._C` knows of the build (compiler, torch, architectures); {} when not built."""
     if problem() is not None:
         return {}
     from fastsae import _C

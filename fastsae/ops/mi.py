@@ -1,11 +1,13 @@
 """Mutual-information scores between features and vocabulary words."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
 from fastsae.ops import check
-from fastsae.ops.reference import full_precision
+from fastsae.ops.reference import TILE_BYTES
 
 OBJECTIVES = ("mi", "pmi", "paper", "logit")
 
@@ -31,8 +33,8 @@ def mi_topk(
     | "logit" | ⟨f, w⟩, the logit lens; T is not applied |
     `temperature="auto"` is the standard deviation of ⟨f, w⟩ over all F·V pairs.
 
-    Returns scores [F, top] float32, descending, and word indices [F, top] int32; ties go to the lower
-    index. No gradient. Cost: two passes of 2·F·V·D operations.
+    Returns scores [F, top] float32, descending, and word indices [F, top] int32; ties go to the
+    lower index. No gradient. Cost: two passes of 2·F·V·D operations.
     Source: Wu et al. 2025 (arXiv 2502.15576), eq. for MI(V; F) with the dropped H(F) restored.
     """
     features = check.matrix("features", features)
@@ -42,7 +44,7 @@ def mi_topk(
     check.one_of("objective", objective, OBJECTIVES)
     if temperature == "auto":
         temperature = logit_std(features, words)
-    if isinstance(temperature, str) or not 0 < float(temperature) < float("inf"):
+    if not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
         raise FastsaeError(
             f'temperature: got {temperature!r}, expected a positive number or "auto"'
         )
@@ -54,19 +56,18 @@ def mi_topk(
 def logit_std(features: Tensor, words: Tensor) -> float:
     """Standard deviation of ⟨f, w⟩ over all pairs, from two [D, D] Gram matrices, never [F, V].
 
-    Σ_{f,v} L² = tr(FᵀF · WᵀW) and Σ L = ⟨Σf, Σw⟩. The Gram matrices are taken about the means in
-    float64, because massive dimensions cancel badly in float32.
+    With f = f' + mean(f) and w = w' + mean(w): L − mean(L) = ⟨f', w'⟩ + ⟨f', mean(w)⟩ +
+    ⟨mean(f), w'⟩, whose cross terms sum to zero over all pairs. float64, because massive dimensions
+    cancel badly in float32.
     """
     count = features.shape[0] * words.shape[0]
-    with full_precision(features.device):
-        f, w = features.double(), words.double()
-        mean_f, mean_w = f.mean(0), w.mean(0)
-        f, w = f - mean_f, w - mean_w
-        gram_f, gram_w = f.T @ f, w.T @ w
-        # L − mean(L) = ⟨f', w'⟩ + ⟨f', mean_w⟩ + ⟨mean_f, w'⟩; the cross terms sum to zero.
-        square = (gram_f * gram_w).sum()
-        square = square + words.shape[0] * (mean_w @ gram_f @ mean_w)
-        square = square + features.shape[0] * (mean_f @ gram_w @ mean_f)
+    if count == 0:
+        raise FastsaeError('temperature="auto": features or words has no rows')
+    mean_f, gram_f = _moments(features.detach())
+    mean_w, gram_w = _moments(words.detach())
+    square = (gram_f * gram_w).sum()
+    square = square + words.shape[0] * (mean_w @ gram_f @ mean_w)
+    square = square + features.shape[0] * (mean_f @ gram_w @ mean_f)
     std = float((square / count).sqrt())
     if not 0 < std < float("inf"):
         raise FastsaeError(
@@ -74,3 +75,16 @@ def logit_std(features: Tensor, words: Tensor) -> float:
             "check features and words for NaN or constant rows"
         )
     return std
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and centred Gram matrix [D, D] in float64, by tiles: no float64 copy of all rows."""
+    parts = rows.split(max(1, TILE_BYTES // (16 * max(1, rows.shape[1]))))
+    mean = sum(part.double().sum(0) for part in parts) / rows.shape[0]
+    gram = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    # Autocast would round float64 products to bfloat16.
+    with torch.autocast(rows.device.type, enabled=False):
+        for part in parts:
+            centred = part.double() - mean
+            gram.addmm_(centred.T, centred)
+    return mean, gram

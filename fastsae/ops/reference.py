@@ -5,8 +5,9 @@ materialises [N, F] or [F, V] beyond a tile of 64 MB. Formulas: see the public f
 fastsae/ops/<op>.py.
 """
 
-import contextlib
 import math
+import threading
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,26 +16,43 @@ TILE_BYTES = 64 << 20
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any operand is float64, else float32 (pre-activations are never half precision)."""
+    """float64 if any operand is float64, else float32 (pre-activations are never in half)."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@contextlib.contextmanager
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before: dict[object, str] = {}
+
+
+@contextmanager
 def full_precision(device: torch.device):
     """Matrix products in full fp32 whatever the process-wide flags and autocast say.
 
-    `set_float32_matmul_precision("medium")` turns CPU fp32 products into bf16 ones (error 0.38 where
-    8.6e-5 is expected); an exact engine must not inherit that.
+    `set_float32_matmul_precision("medium")` turns CPU fp32 products into bf16 ones (error 0.38
+    where 8.6e-5 is expected); an exact engine must not inherit that. The flags belong to the
+    process, so the first thread in changes them and the last one out restores them.
     """
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    global _precision_users
+    # Per backend: torch.get_float32_matmul_precision() raises once the newer flags are in use.
+    setting = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    with _precision_lock:
+        _precision_users += 1
+        before = setting.fp32_precision
+        if before not in ("none", "ieee"):
+            _precision_before[setting] = before
+            setting.fp32_precision = "ieee"
+    autocast = torch.is_autocast_enabled(device.type)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             yield
     finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
+        with _precision_lock:
+            _precision_users -= 1
+            if _precision_users == 0:
+                for setting, value in _precision_before.items():
+                    setting.fp32_precision = value
+                _precision_before.clear()
 
 
 def tiles(n: int, row_bytes: int):
@@ -44,16 +62,25 @@ def tiles(n: int, row_bytes: int):
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    n, f = x.shape
+    values, indices = x.new_empty(n, k), x.new_empty(n, k, dtype=torch.int32)
+    # 8 bytes an entry: the running count of ties, or the indices of the sort, are int64.
+    for rows in tiles(n, 8 * f):
+        values[rows], indices[rows] = _topk_tile(x[rows], k)
+    return values, indices
+
+
+def _topk_tile(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if bool(torch.isnan(x).any()):
         values, indices = torch.sort(x, dim=-1, descending=True, stable=True)
-        return values[:, :k].contiguous(), indices[:, :k].to(torch.int32)
+        return values[:, :k], indices[:, :k]
     last = torch.topk(x, k, dim=-1).values[:, -1:]
     above, equal = x > last, x == last
     wanted = k - above.sum(-1, keepdim=True)
     member = above | (equal & (equal.cumsum(-1) <= wanted))
     indices = member.nonzero()[:, 1].view(x.shape[0], k)
     values, order = torch.sort(x.gather(1, indices), dim=-1, descending=True, stable=True)
-    return values, indices.gather(1, order).to(torch.int32)
+    return values, indices.gather(1, order)
 
 
 def relu_with_padding(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,9 +111,9 @@ def encode_topk(x, W_enc, b_enc, k, b_dec=None, precision="exact") -> tuple[Tens
     indices = torch.empty(n, k, dtype=torch.int32, device=x.device)
     weights, bias = W_enc.to(dtype), b_enc.to(dtype)
     with full_precision(x.device):
-        for rows in tiles(n, 4 * f * weights.element_size()):
+        for rows in tiles(n, 8 * f):
             h = torch.addmm(bias, centred(x[rows], b_dec, dtype), weights.T)
-            values[rows], indices[rows] = relu_with_padding(*topk(h, k))
+            values[rows], indices[rows] = relu_with_padding(*_topk_tile(h, k))
     return values, indices
 
 
@@ -97,7 +124,7 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
     floor = threshold.to(dtype).clamp(min=0)
     values, indices, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=x.device)]
     with full_precision(x.device):
-        for rows in tiles(n, 3 * f * weights.element_size()):
+        for rows in tiles(n, f * weights.element_size()):
             h = torch.addmm(bias, centred(x[rows], b_dec, dtype), weights.T)
             keep = ~(h <= floor)
             values.append(h[keep])
@@ -115,7 +142,7 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None 
     out = torch.empty(
         n, d, dtype=torch.promote_types(values.dtype, W_dec.dtype), device=values.device
     )
-    for rows in tiles(n, 2 * values.shape[1] * d * 8):
+    for rows in tiles(n, values.shape[1] * d * 8):
         v = values[rows].to(dtype).unsqueeze(-1)
         # A zero entry is padding: it must not meet an Inf or NaN in a weight row it does not use.
         terms = torch.where(v == 0, 0, v * W_dec[indices[rows].long()].to(dtype))
@@ -128,7 +155,7 @@ def gather_dot(g: Tensor, W: Tensor, indices: Tensor) -> Tensor:
     n, k = indices.shape
     dtype = compute_dtype(g, W)
     out = torch.empty(n, k, dtype=dtype, device=g.device)
-    for rows in tiles(n, 2 * k * W.shape[1] * 8):
+    for rows in tiles(n, k * W.shape[1] * 8):
         picked = W[indices[rows].long()].to(dtype)
         out[rows] = (picked * g[rows].to(dtype).unsqueeze(1)).sum(-1)
     return out
@@ -145,9 +172,17 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, F: int) -> tuple[Te
     order = order[entries[order] != 0]
     for part in order.split(max(1, TILE_BYTES // (g.shape[1] * 8))):
         terms = entries[part, None] * g[token[part]].to(dtype)
-        dW.index_add_(0, features[part], terms)
-        db.index_add_(0, features[part], entries[part])
+        _add_rows(dW, features[part], terms)
+        _add_rows(db, features[part], entries[part])
     return dW, db
+
+
+def _add_rows(out: Tensor, rows: Tensor, terms: Tensor) -> None:
+    """out[rows] += terms in order: index_add_ is atomic on CUDA, index_put_ on the CPU."""
+    if out.device.type == "cpu":
+        out.index_add_(0, rows, terms)
+    else:
+        out.index_put_((rows,), terms, accumulate=True)
 
 
 def mi_topk(features, words, top, objective="mi", temperature=1.0) -> tuple[Tensor, Tensor]:
@@ -159,12 +194,14 @@ def mi_topk(features, words, top, objective="mi", temperature=1.0) -> tuple[Tens
     indices = torch.empty(n, top, dtype=torch.int32, device=f.device)
     with full_precision(f.device):
         if objective != "logit":
-            for rows in tiles(n, 4 * v * f.element_size()):
+            for rows in tiles(n, 8 * v):
                 logits = f[rows] @ w.T / temperature
                 column = torch.logaddexp(column, logits.logsumexp(0))
-        for rows in tiles(n, 4 * v * f.element_size()):
+        for rows in tiles(n, 8 * v):
             raw = f[rows] @ w.T
-            scores[rows], indices[rows] = topk(_score(raw, column, n, objective, temperature), top)
+            scores[rows], indices[rows] = _topk_tile(
+                _score(raw, column, n, objective, temperature), top
+            )
     return scores, indices
 
 

@@ -1,8 +1,9 @@
 """Every op of fastsae on one page: schema, dispatch, fake and gradient.
 
-Public ops ask `backend.call`; names that begin with an underscore are leaf ops, which csrc/ implements
-per device (one dispatch key holds one kernel, so a leaf has no other implementation). All tensors are
-2-D or 1-D and contiguous here: the public functions in fastsae/ops/<op>.py flatten leading dimensions.
+Public ops ask `backend.call`; names that begin with an underscore are leaf ops, which csrc/
+implements per device (one dispatch key holds one kernel, so a leaf has no other implementation).
+All tensors are 2-D or 1-D and contiguous here: the public functions in fastsae/ops/<op>.py flatten
+leading dimensions.
 """
 
 import torch
@@ -10,25 +11,44 @@ from torch import Tensor
 
 from fastsae.ops import backend
 from fastsae.ops.csr import csr_to_padded
+from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
 
 for schema in (
     "topk(Tensor x, int k, str backend) -> (Tensor values, Tensor indices)",
-    "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec, str precision, str backend)"
-    " -> (Tensor values, Tensor indices)",
-    "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec, str backend)"
-    " -> (Tensor values, Tensor indices, Tensor row_offsets)",
+    "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec, str precision,"
+    " str backend) -> (Tensor values, Tensor indices)",
+    "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec,"
+    " str backend) -> (Tensor values, Tensor indices, Tensor row_offsets)",
     "decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, str backend) -> Tensor",
     "gather_dot(Tensor g, Tensor W, Tensor indices, str backend) -> Tensor",
-    "sparse_outer(Tensor values, Tensor indices, Tensor g, int F, str backend) -> (Tensor dW, Tensor db)",
+    "sparse_outer(Tensor values, Tensor indices, Tensor g, int F, str backend)"
+    " -> (Tensor dW, Tensor db)",
     "mi_topk(Tensor features, Tensor words, int top, str objective, float temperature, str backend)"
     " -> (Tensor scores, Tensor indices)",
     "steer(Tensor x, Tensor slots, Tensor strengths, Tensor[] table, str backend) -> Tensor",
 ):
     lib.define(schema)
 
-LEAVES: tuple[str, ...] = ()
+LEAVES: tuple[str, ...] = (
+    "_topk_rows(Tensor x, int k) -> (Tensor, Tensor)",
+    "_decode_rows(Tensor values, Tensor indices, Tensor W, Tensor? b) -> Tensor",
+    "_gather_dot(Tensor g, Tensor W, Tensor indices) -> Tensor",
+    "_sparse_outer(Tensor values, Tensor indices, Tensor g, int F) -> (Tensor, Tensor)",
+    "_encode_centre(Tensor x, Tensor? b_dec, bool screen) -> (Tensor, Tensor, Tensor)",
+    "_encode_weights(Tensor W, bool screen) -> (Tensor, Tensor)",
+    "_encode_topk_rows(Tensor screen, Tensor centred, Tensor bounds, Tensor W, Tensor b_enc,"
+    " Tensor norms, int k, int tile, int capacity, bool exact) -> (Tensor, Tensor)",
+    "_encode_threshold_rows(Tensor screen, Tensor centred, Tensor bounds, Tensor W, Tensor b_enc,"
+    " Tensor norms, Tensor threshold, int tile, int capacity) -> (Tensor, Tensor, Tensor)",
+    "_mi_columns(Tensor logits, float scale, Tensor(a!) maximum, Tensor(b!) sum) -> ()",
+    "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
+    " int top) -> (Tensor, Tensor)",
+    "_steer_rows(Tensor x, Tensor slots, Tensor strengths, Tensor[] table) -> Tensor",
+    "_set_isa(str name) -> int",
+    "_get_isa() -> str",
+)
 for schema in LEAVES:
     lib.define(schema)
 
@@ -67,8 +87,6 @@ def _mi_topk(features, words, top, objective, temperature, which):
 
 
 def _steer(x, slots, strengths, table, which):
-    from fastsae.ops.steer import SteerTable
-
     return backend.call("steer", which, (x, table[0]), x, slots, strengths, SteerTable(*table))
 
 
@@ -148,8 +166,9 @@ def _(x, slots, strengths, table, backend):
 
 
 # --- gradients: every differentiable input of every differentiable output ----------------------
-# topk and mi_topk have no gradient here: topk of a dense tensor is torch's business, and scores of
-# explanations are not trained. Their outputs raise on backward, which a test checks.
+# topk, mi_topk and steer have no gradient: topk of a dense tensor is torch's business, scores are
+# not trained, and steering serves. Their public functions detach, so that backward raises and no
+# backend differs. decode, gather_dot and sparse_outer are each other's gradients.
 
 
 def _decode_setup(ctx, inputs, output):
@@ -173,6 +192,38 @@ def _decode_backward(ctx, g):
     return dvalues, None, dW, db, None
 
 
+def _gather_dot_setup(ctx, inputs, output):
+    g, W, indices, ctx.which = inputs
+    ctx.save_for_backward(g, W, indices)
+
+
+def _gather_dot_backward(ctx, ddots):
+    g, W, indices = ctx.saved_tensors
+    ddots, dg, dW = ddots.contiguous(), None, None
+    if ctx.needs_input_grad[0]:
+        dg = torch.ops.fastsae.decode(ddots, indices, W, None, ctx.which).to(g.dtype)
+    if ctx.needs_input_grad[1]:
+        dW, _ = torch.ops.fastsae.sparse_outer(ddots, indices, g, W.shape[0], ctx.which)
+        dW = dW.to(W.dtype)
+    return dg, dW, None, None
+
+
+def _sparse_outer_setup(ctx, inputs, output):
+    values, indices, g, _F, ctx.which = inputs
+    ctx.save_for_backward(values, indices, g)
+
+
+def _sparse_outer_backward(ctx, ddW, ddb):
+    values, indices, g = ctx.saved_tensors
+    ddW, dvalues, dg = ddW.contiguous(), None, None
+    if ctx.needs_input_grad[0]:
+        dots = torch.ops.fastsae.gather_dot(g, ddW, indices, ctx.which)
+        dvalues = (dots + ddb[indices.long()]).to(values.dtype)
+    if ctx.needs_input_grad[2]:
+        dg = torch.ops.fastsae.decode(values, indices, ddW, None, ctx.which).to(g.dtype)
+    return dvalues, None, dg, None, None
+
+
 def _encode_backward(ctx, dvalues, indices, x, W_enc, b_dec):
     """dx, dW_enc, db_enc, db_dec from the gradient of the active values, all without [N, K, D]."""
     dx = dW = db_enc = db_dec = None
@@ -183,7 +234,7 @@ def _encode_backward(ctx, dvalues, indices, x, W_enc, b_dec):
         db_dec = -dx32.sum(0).to(b_dec.dtype) if ctx.needs_b_dec else None
     if needs_W or needs_b:
         shifted = x.to(dvalues.dtype)
-        shifted = shifted if b_dec is None else shifted - b_dec
+        shifted = shifted if b_dec is None else shifted - b_dec.to(dvalues.dtype)
         dW, db_enc = torch.ops.fastsae.sparse_outer(
             dvalues, indices, shifted, W_enc.shape[0], ctx.which
         )
@@ -209,7 +260,7 @@ def _encode_topk_backward(ctx, dvalues, _dindices):
 
 def _encode_threshold_setup(ctx, inputs, output):
     x, W_enc, b_enc, _threshold, b_dec, which = inputs
-    values, indices, row_offsets = output
+    _values, indices, row_offsets = output
     ctx.save_for_backward(x, W_enc, b_dec, indices, row_offsets)
     ctx.which, ctx.bias_dtype = which, b_enc.dtype
     ctx.needs_b_dec = ctx.needs_input_grad[4]
@@ -225,6 +276,8 @@ def _encode_threshold_backward(ctx, dvalues, _dindices, _doffsets):
 
 for name, backward, setup in (
     ("decode", _decode_backward, _decode_setup),
+    ("gather_dot", _gather_dot_backward, _gather_dot_setup),
+    ("sparse_outer", _sparse_outer_backward, _sparse_outer_setup),
     ("encode_topk", _encode_topk_backward, _encode_topk_setup),
     ("encode_threshold", _encode_threshold_backward, _encode_threshold_setup),
 ):

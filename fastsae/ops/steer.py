@@ -50,12 +50,12 @@ def steer(
     | calibrate | r + σ Σ (β_s − a_s) d_s; floor: only where a_s < β_s |
     | add       | r + σ Σ c_s d_s |
     | enforce   | v_s = ReLU(m − a_s); r + σ m Σ (v_s/Σv) d_s rescaled to ‖r‖; Σv = 0: r unchanged |
-    norm_preserve rescales the final r to ‖x‖. A gate leaves the row alone unless the mean of its a_s on
-    x is ≥ gate_above.
+    norm_preserve rescales the final r to ‖x‖. A gate leaves the row alone unless the mean of its
+    a_s on x is ≥ gate_above.
 
     x [..., D] (float32, bfloat16, float16), slots [...] int32, strengths [...] float32.
-    Returns a new tensor of x's shape and dtype, cast once at the end; rows in slot 0 and rows whose gate
-    is closed are copied bit for bit. No gradient.
+    Returns a new tensor of x's shape and dtype, cast once at the end; rows in slot 0 and rows whose
+    gate is closed are copied bit for bit. No gradient.
     Source: Wu et al. 2025 (arXiv 2502.15576) for amplify and calibrate; MATH.md §4.
     """
     flat = check.rows("x", x, table.enc.shape[1])

@@ -19,6 +19,6 @@ def topk(x: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tens
     """
     flat = check.rows("x", x)
     check.count("k", k, flat.shape[1], "the last dimension of x")
-    values, indices = torch.ops.fastsae.topk(flat, k, backend or "")
+    values, indices = torch.ops.fastsae.topk(flat.detach(), k, backend or "")
     shape = (*x.shape[:-1], k)
     return values.view(shape), indices.view(shape)

@@ -1,0 +1,73 @@
+// Helpers of the CPU bindings: torch's stable ABI on one side, raw pointers on the other.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastsae {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check(const Tensor& t, const char* name, int64_t dims, int64_t columns = -1) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+  STD_TORCH_CHECK(columns < 0 || t.size(dims - 1) == columns, name, ": expected a last dimension of ",
+                  columns, ", got ", t.size(dims - 1));
+}
+
+inline const float* floats(const Tensor& t, const char* name, int64_t dims, int64_t columns) {
+  check(t, name, dims, columns);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32");
+  return (const float*)t.const_data_ptr();
+}
+
+inline const int32_t* ints(const Tensor& t, const char* name, int64_t dims, int64_t columns) {
+  check(t, name, dims, columns);
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Int, name, ": expected int32");
+  return (const int32_t*)t.const_data_ptr();
+}
+
+// Every entry in [0, limit): the kernels index with them unchecked.
+inline void check_range(const int32_t* index, int64_t n, int64_t limit, const char* name) {
+  int32_t low = 0, high = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    low = index[i] < low ? index[i] : low;
+    high = index[i] > high ? index[i] : high;
+  }
+  STD_TORCH_CHECK(n == 0 || (low >= 0 && high < limit), name, ": got values from ", low, " to ", high,
+                  ", expected 0 to ", limit - 1);
+}
+
+inline Tensor make(std::initializer_list<int64_t> size, ScalarType type) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
+                              type);
+}
+
+// Rows in parallel, about `work` elementary operations each; small problems stay on this thread.
+template <class Function>
+void parallel(int64_t n, int64_t work, const Function& function) {
+  const int64_t grain = max64(1, 32768 / max64(1, work));
+  if (n > 0) torch::stable::parallel_for(0, n, grain, function);
+}
+
+}  // namespace fastsae

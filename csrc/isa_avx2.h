@@ -1,0 +1,91 @@
+// Sixteen float lanes as two AVX2 registers (needs avx2, fma, f16c).
+#pragma once
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace fastsae {
+
+struct Avx2 {
+  struct Vec {
+    __m256 lo, hi;
+  };
+
+  FASTSAE_INLINE Vec set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  FASTSAE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  FASTSAE_INLINE __m256 widen(const bf16* p) {
+    const __m128i half = _mm_loadu_si128((const __m128i*)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+  FASTSAE_INLINE Vec load(const bf16* p) { return {widen(p), widen(p + 8)}; }
+  FASTSAE_INLINE Vec load(const f16* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  }
+  template <class T>
+  FASTSAE_INLINE Vec load_n(const T* p, int n, float fill) {
+    float lane[16];
+    for (int l = 0; l < 16; ++l) lane[l] = fill;
+    for (int l = 0; l < n; ++l) lane[l] = to_float(p[l]);
+    return load(lane);
+  }
+  FASTSAE_INLINE void store(float* p, Vec v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+  }
+  FASTSAE_INLINE void store_n(float* p, Vec v, int n) {
+    float lane[16];
+    store(lane, v);
+    for (int l = 0; l < n; ++l) p[l] = lane[l];
+  }
+  FASTSAE_INLINE Vec add(Vec a, Vec b) {
+    return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+  }
+  FASTSAE_INLINE Vec mul(Vec a, Vec b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+  }
+  FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) {
+    return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+  }
+  FASTSAE_INLINE Vec max(Vec a, Vec b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+  }
+  FASTSAE_INLINE Vec abs(Vec a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+  }
+#define FASTSAE_COMPARE(name, predicate)                                                     \
+  FASTSAE_INLINE uint32_t name(Vec a, Vec b) {                                               \
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, predicate)) |              \
+           (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, predicate)) << 8;          \
+  }
+  FASTSAE_COMPARE(ge, _CMP_GE_OQ)
+  FASTSAE_COMPARE(gt, _CMP_GT_OQ)
+  FASTSAE_COMPARE(eq, _CMP_EQ_OQ)
+  FASTSAE_COMPARE(not_lt, _CMP_NLT_UQ)
+  FASTSAE_COMPARE(unordered, _CMP_UNORD_Q)
+#undef FASTSAE_COMPARE
+#define FASTSAE_COMPARE_KEY(name, instruction)                                               \
+  FASTSAE_INLINE uint32_t name(const int32_t* p, int32_t t) {                                \
+    const __m256i lo = _mm256_loadu_si256((const __m256i*)p), limit = _mm256_set1_epi32(t);  \
+    const __m256i hi = _mm256_loadu_si256((const __m256i*)(p + 8));                          \
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(lo, limit))) |       \
+           (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(hi, limit))) << 8;   \
+  }
+  FASTSAE_COMPARE_KEY(gt_key, _mm256_cmpgt_epi32)
+  FASTSAE_COMPARE_KEY(eq_key, _mm256_cmpeq_epi32)
+#undef FASTSAE_COMPARE_KEY
+  FASTSAE_INLINE int compress(int32_t* out, uint32_t mask, int32_t base) {
+    int n = 0;
+    for (; mask; mask &= mask - 1) out[n++] = base + __builtin_ctz(mask);
+    return n;
+  }
+  FASTSAE_INLINE float sum(Vec v) {
+    const __m256 eight = _mm256_add_ps(v.lo, v.hi);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+};
+
+}  // namespace fastsae

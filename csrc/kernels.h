@@ -1,0 +1,190 @@
+// What the bindings call: one table of functions per instruction set, arguments as raw pointers.
+// All matrices are row-major and contiguous; sizes are in elements.
+//
+// The kernels are templates over an instruction-set class (isa_*.h), compiled once per class in
+// kernels_<isa>.cpp under that target. Everything they use lives in anonymous namespaces, and they
+// instantiate nothing from std::, because the linker keeps one copy of a shared inline function: it
+// could be the AVX-512 one, for machines without it.
+#pragma once
+#include <stddef.h>
+#include <stdlib.h>
+
+#include "types.h"
+
+namespace fastsae {
+
+struct TopkArgs {
+  const void* x;  // [N, F] of dtype
+  DType dtype;
+  int64_t F, k;
+  void* values;      // [N, k] of dtype
+  int32_t* indices;  // [N, k]
+};
+
+struct DecodeArgs {
+  const void* values;  // [N, K] of value_type
+  const int32_t* indices;
+  const void* W;      // [F, D] of weight_type
+  const float* bias;  // [D] or null
+  void* out;          // [N, D] of out_type
+  DType value_type, weight_type, out_type;
+  int64_t K, D;
+  int64_t slices;  // work item i is columns of slice i % slices of row i / slices
+};
+
+struct GatherDotArgs {
+  const void* g;  // [N, D] of g_type
+  const void* W;  // [F, D] of weight_type
+  const int32_t* indices;
+  float* out;  // [N, K]
+  DType g_type, weight_type;
+  int64_t K, D;
+};
+
+struct SparseOuterArgs {
+  const float* values;     // sorted by feature, then row: value and row of every entry
+  const int32_t* rows;     //
+  const int64_t* offsets;  // [F + 1] into the two
+  const void* g;           // [N, D] of g_type
+  float* dW;               // [F, D]
+  float* db;               // [F]
+  DType g_type;
+  int64_t D;
+  int64_t column_begin, column_end;  // columns of dW to write; db is written with column 0
+};
+
+struct CentreArgs {
+  const void* x;       // [N, D] of x_type
+  const float* b_dec;  // [D] or null
+  float* centred;      // [N, D]: x - b_dec
+  bf16* screen;        // [N, D]: centred rounded to bf16, or null
+  float* bounds;       // [N, 2]: factors of |w| and |w - w~| in the screen's error, see encode.h
+  DType x_type;
+  int64_t D;
+};
+
+struct WeightArgs {
+  const void* W;   // [F, D] of weight_type
+  bf16* screen;    // [F, D] or null (not wanted, or W is already bf16)
+  float* norms;    // |w_f|, rounded up
+  float* errors;   // |w_f - bf16(w_f)|, rounded up
+  DType weight_type;
+  int64_t D;
+};
+
+struct DenseArgs {
+  const float* centred;  // [N, D]
+  const void* W;         // [F, D] of weight_type
+  const float* b_enc;    // [F]
+  float* h;              // [N, F]
+  DType weight_type;
+  int64_t N, F, D;
+};
+
+struct EncodeArgs {
+  // Approximate W (x - b_dec), columns in tiles: tile t holds [N, width_t] at screen + t * N * tile,
+  // width_t = min(tile, F - t * tile). With screen_is_exact: [N, F] from dense_features, bias included.
+  const void* screen;
+  DType screen_type;
+  bool screen_is_exact;
+  int64_t N, tile;
+  const float* centred;  // [N, D]
+  const float* bounds;   // [N, 2]
+  const void* W;         // [F, D] of weight_type
+  DType weight_type;
+  const float* b_enc;         // [F]
+  const float* norms;         // [F]
+  const float* errors;        // [F]
+  const float* group_bounds;  // [3, blocks * 16]: maxima of norms, errors, |b_enc|
+  int64_t F, D, k;
+  bool exact;           // false: return the screen's own values and ranking
+  int64_t capacity;     // rows with more candidates than this are left to the caller
+  uint8_t* left;        // [N], set where a row is left to the caller; unused with screen_is_exact
+  const int64_t* rows;  // work row -> output row
+  const float* threshold;  // [F], encode_threshold only
+  float* values;           // topk: [., k]
+  int32_t* indices;        // topk: [., k]
+  int32_t** entries;       // threshold: output row -> malloc'ed count indices, then count value bits
+  int64_t* counts;         // threshold: output row -> count
+};
+
+struct SteerTableArgs {
+  const float *enc, *bias, *theta, *dec;
+  const int32_t *op_kind, *op_begin, *op_end;
+  const float* op_scalar;
+  const int32_t* item_row;
+  const float* item_value;
+  const int32_t *gate_begin, *gate_end;
+  const float* gate_above;
+  const int32_t* norm_preserve;
+  int64_t R, S, P, items;
+};
+
+struct SteerArgs {
+  const void* x;  // [N, D] of x_type
+  const int32_t* slots;
+  const float* strengths;
+  void* out;  // [N, D] of x_type
+  DType x_type;
+  int64_t D;
+  SteerTableArgs table;
+};
+
+enum class Objective : int32_t { mi = 0, pmi = 1, paper = 2, logit = 3 };
+
+struct MiArgs {
+  const float* logits;  // [n, V], one chunk of features
+  int64_t n, V;
+  float scale;         // 1 / temperature
+  float* column_max;   // [V] running maximum of scale * logits
+  float* column_sum;   // [V] running sum of exp(scale * logits - column_max)
+  const float* column_lse;  // [V]
+  Objective objective;
+  float log_features;  // log F
+  int64_t top;
+  float* scores;     // [n, top]
+  int32_t* indices;  // [n, top]
+};
+
+struct Kernels {
+  const char* name;
+  void (*topk_rows)(const TopkArgs&, int64_t begin, int64_t end);
+  void (*decode_rows)(const DecodeArgs&, int64_t begin, int64_t end);
+  void (*gather_dot_rows)(const GatherDotArgs&, int64_t begin, int64_t end);
+  void (*sparse_outer_features)(const SparseOuterArgs&, int64_t begin, int64_t end);
+  void (*centre_rows)(const CentreArgs&, int64_t begin, int64_t end);
+  void (*weight_rows)(const WeightArgs&, int64_t begin, int64_t end);
+  void (*dense_features)(const DenseArgs&, int64_t begin, int64_t end);
+  void (*group_bounds)(const EncodeArgs&, float* out);
+  void (*encode_topk_rows)(const EncodeArgs&, int64_t begin, int64_t end);
+  void (*encode_threshold_rows)(const EncodeArgs&, int64_t begin, int64_t end);
+  void (*steer_rows)(const SteerArgs&, int64_t begin, int64_t end);
+  void (*mi_columns)(const MiArgs&, int64_t begin, int64_t end);
+  void (*mi_rows)(const MiArgs&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kernels_scalar;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+#endif
+
+const Kernels& kernels();             // the table in use
+bool use_isa(const char* name);       // "scalar" | "avx2" | "avx512" | "auto"; false: not on this machine
+[[noreturn]] void out_of_memory();    // throws std::bad_alloc from baseline code
+
+namespace {
+
+// A 64-byte aligned buffer for the length of a scope.
+struct Memory {
+  char* data;
+  explicit Memory(int64_t bytes) : data((char*)aligned_alloc(64, (size_t)((bytes + 127) / 64 * 64))) {
+    if (!data) out_of_memory();
+  }
+  ~Memory() { free(data); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+};
+
+}  // namespace
+}  // namespace fastsae

@@ -1,0 +1,1 @@
+"""The demo: a real model explained and steered on this machine."""

@@ -1,0 +1,273 @@
+"""Steer a Hugging Face model: hooks on decoder layers apply a policy to each row of the batch.
+
+Works on any module whose decoder layers return the residual stream, or a tuple that begins with
+it; transformers itself is never imported. The hooks are there from `attach` to `detach`; what they
+do is decided by the contents of buffers, so `set` reaches a model compiled after `attach`.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fastsae import models
+from fastsae.errors import FastsaeError
+from fastsae.models import Hook
+from fastsae.sae import SAE
+from fastsae.steering.hooks import Host
+from fastsae.steering.membership import is_staged, stages
+from fastsae.steering.policy import Policy
+from fastsae.steering.site import Rows, Site
+from fastsae.steering.table import Capacity
+
+PolicyRows = Policy | Sequence[Policy | None] | None
+
+
+class SteeringHandle:
+    """The hooks `attach` installed; a context manager that detaches.
+
+    One thread at a time may set policies and run the model. Gradients do not flow through a steered
+    residual.
+    """
+
+    def __init__(self, model: nn.Module, sites: dict[Hook, Site]):
+        self.model, self.sites = model, sites
+        self._host = Host.of(model)
+        for hook, site in sites.items():
+            self._host.add(hook, site)
+        self._host.wrap(model)
+
+    def set(
+        self,
+        policies: "PolicyRows | Mapping[int | str, PolicyRows]",
+        *,
+        strengths: float | Sequence[float] | None = None,
+        prompt_lengths: int | Sequence[int] | None = None,
+    ) -> None:
+        """Steer the following forwards: one policy for all rows, or a policy or None per row.
+
+        None alone switches everything off: the hooks return at once. Rows with None come out
+        bit-identical. With several layers attached, pass {layer: policies}; layers left out are
+        off. strengths: a number, or one per row (default 1; 0 means no policy). A list of one
+        policy also serves all rows; any other length must match the batch, else the forward
+        raises. `generate` may expand rows (beams, num_return_sequences): they keep their policy.
+
+        prompt_lengths, in real tokens, is for phases in a decoding loop of your own; `generate`
+        needs none. Without it, a forward outside `generate` is all prompt when it starts from an
+        empty cache or from none, and tokens that follow a filled cache are generated.
+
+        On a FastsaeError what was set before stays.
+        """
+        if self._host is None:
+            raise FastsaeError("handle: it is detached; call fastsae.attach again")
+        per_hook = self._per_hook(policies)
+        rows = {hook: _rows(per_hook.get(hook), strengths, prompt_lengths) for hook in self.sites}
+        before = {hook: site.rows for hook, site in self.sites.items()}
+        try:
+            for hook, site in self.sites.items():
+                site.set(rows[hook])
+        except FastsaeError:
+            for hook, site in self.sites.items():
+                site.set(before[hook])
+            raise
+        finally:
+            for hook in self.sites:
+                self._host.points[hook].refresh()
+
+    def _per_hook(self, policies) -> "dict[Hook, PolicyRows]":
+        if isinstance(policies, Mapping):
+            return {self._attached(layer): rows for layer, rows in policies.items()}
+        if policies is not None and len(self.sites) > 1:
+            raise FastsaeError(
+                f"policies: {len(self.sites)} layers are attached, each with its own features; "
+                "pass {layer: policies}"
+            )
+        return dict.fromkeys(self.sites, policies)
+
+    def _attached(self, layer: int | str) -> Hook:
+        hook = models.resolve_hook(layer)
+        if hook not in self.sites and isinstance(layer, int):
+            hook = next((each for each in self.sites if each.layer == layer), hook)
+        if hook not in self.sites:
+            at = ", ".join(f"layers.{each.layer}.{each.side}" for each in self.sites)
+            raise FastsaeError(f"policies: nothing is attached at {layer!r}, only at {at}")
+        return hook
+
+    @property
+    def active(self) -> bool:
+        """Whether any row of any layer has a policy."""
+        return any(site.active for site in self.sites.values())
+
+    def detach(self) -> None:
+        """Remove the hooks; the model is as before. A second call does nothing."""
+        if self._host is None:
+            return
+        for hook, site in self.sites.items():
+            site.set(Rows())
+            self._host.remove(hook, site)
+        self._host.unwrap(self.model)
+        self._host = None
+
+    def __enter__(self) -> "SteeringHandle":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+
+def attach(
+    model: nn.Module,
+    saes: "SAE | Mapping[int | str, SAE]",
+    *,
+    max_policies: int = Capacity().max_policies,
+    max_features: int = Capacity().max_features,
+    max_operations: int = Capacity().max_operations,
+    max_items: int = Capacity().max_items,
+    first_token: bool = False,
+) -> SteeringHandle:
+    """Hook a model once, idle, for production: `handle.set` then decides what each row gets.
+
+    saes: {layer: sae}, a layer being a number (its output; its input if that is where the SAE says
+    it was trained) or a hook point such as "blocks.9.hook_resid_pre"; or one SAE that knows its
+    own. The max_ arguments fix the buffers of each layer: max_features · d_in · 8 bytes most of
+    it. Padding is never steered; nor is each row's first token, which carries huge norms in most
+    models, unless `first_token`.
+
+    Attach *before* torch.compile: a compiled model is refused, because graphs ignore later hooks.
+    Several handles may share a model; at one layer they apply in the order of attachment.
+    Raises FastsaeError when a layer is missing or an SAE does not fit the model's width.
+    """
+    _refuse_compiled(model)
+    capacity = Capacity(max_policies, max_features, max_operations, max_items).checked()
+    sites: dict[Hook, Site] = {}
+    for layer, sae in (saes if isinstance(saes, Mapping) else {None: saes}).items():
+        if not isinstance(sae, SAE):
+            raise FastsaeError(
+                f"saes: expected a fastsae.SAE for {layer!r}, got {type(sae).__name__}"
+            )
+        hook = _hook(layer, sae)
+        if hook in sites:
+            raise FastsaeError(f"saes: {layer!r} names the same place as another key")
+        module, _ = models.hook_module(model, hook)
+        _check_width(model, sae)
+        sites[hook] = Site(sae, capacity, _device(module), first_token)
+    if not sites:
+        raise FastsaeError("saes: expected at least one {layer: sae}, got none")
+    return SteeringHandle(model, sites)
+
+
+@contextlib.contextmanager
+def steer(
+    model: nn.Module,
+    sae: SAE,
+    policy: "Policy | Sequence[Policy | None]",
+    *,
+    layer: int | str | None = None,
+    strength: float | Sequence[float] = 1.0,
+    first_token: bool = False,
+) -> Iterator[SteeringHandle]:
+    """`with steer(model, sae, policy): model.generate(...)`: steer inside the block, undo after it.
+
+    The layer comes from the SAE's hook point unless `layer` names one. policy and strength may be
+    one for all rows, or one per row (see `SteeringHandle.set`). Nest blocks for several layers; two
+    at the same layer apply the outer one first. Also undone when the block raises.
+    """
+    listed = [policy] if isinstance(policy, Policy) else policy
+    policies = [each for each in listed or () if isinstance(each, Policy)]
+    parts = [
+        part
+        for each in policies
+        for part in (stages(sae, each) if is_staged(sae, each) else [each])
+        if isinstance(part, Policy)
+    ]
+    capacity = Capacity.of(sae, parts)._asdict()
+    handle = attach(
+        model, sae if layer is None else {layer: sae}, first_token=first_token, **capacity
+    )
+    with handle:
+        handle.set(policy, strengths=strength)
+        yield handle
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def _rows(policies: PolicyRows, strengths, lengths) -> Rows:
+    if policies is None:
+        return Rows()
+    listed = [policies] if isinstance(policies, Policy) else policies
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or not listed:
+        raise FastsaeError(f"policies: expected a Policy, a list of them, or None; got {listed!r}")
+    for i, policy in enumerate(listed):
+        if policy is not None and not isinstance(policy, Policy):
+            raise FastsaeError(f"policies[{i}]: expected a Policy or None, got {policy!r}")
+    strengths = 1.0 if strengths is None else strengths
+    per_row = strengths if isinstance(strengths, Sequence) else [strengths] * len(listed)
+    if len(per_row) != len(listed):
+        raise FastsaeError(
+            f"strengths: got {len(per_row)} for {len(listed)} policies; pass one number or one each"
+        )
+    for i, strength in enumerate(per_row):
+        number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not number or not math.isfinite(strength):
+            raise FastsaeError(f"strengths[{i}]: expected a finite number, got {strength!r}")
+    if lengths is not None:
+        lengths = lengths if isinstance(lengths, Sequence) else [lengths]
+        for i, length in enumerate(lengths):
+            if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+                raise FastsaeError(f"prompt_lengths[{i}]: expected an integer ≥ 0, got {length!r}")
+    return Rows(listed, per_row, lengths)
+
+
+def _hook(layer: "int | str | Hook | None", sae: SAE | None) -> Hook:
+    own = None if sae is None else sae.config.hook_name
+    if layer is None:
+        if own is None:
+            raise FastsaeError(
+                "layer: this SAE does not say where it was trained (config.hook_name is None); "
+                "pass layer=, for instance 12"
+            )
+        return models.resolve_hook(own)
+    hook = models.resolve_hook(layer)
+    if own is not None and isinstance(layer, int):
+        try:
+            trained = models.resolve_hook(own)
+        except FastsaeError:
+            return hook  # trained elsewhere than in the residual stream: the caller's choice
+        return trained if trained.layer == hook.layer else hook
+    return hook
+
+
+def _check_width(model: nn.Module, sae: SAE) -> None:
+    width = models.hidden_size(model) if hasattr(model, "config") else sae.config.d_in
+    if sae.config.d_in != width:
+        raise FastsaeError(
+            f"sae: reads {sae.config.d_in} dimensions, {type(model).__name__} has {width}; take an "
+            "SAE trained on this model"
+        )
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Where the layer's residual will be; offloaded weights say so only at the first forward."""
+    devices = [p.device for p in layer.parameters() if p.device.type != "meta"]
+    return devices[0] if devices else torch.device("cpu")
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    """Raise if torch.compile has already made graphs of the model, or of a part with its layers."""
+    layers = models.decoder_layers(model)
+    around = [m for m in model.modules() if any(child is layers for child in m.modules())]
+    for module in [*around, *layers]:
+        compiled = (
+            hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+            or (module in around and hasattr(module.forward, "_torchdynamo_orig_callable"))
+        )
+        if compiled:
+            raise FastsaeError(
+                f"model: {type(getattr(module, '_orig_mod', module)).__name__} is compiled "
+                "already, and a compiled graph silently ignores hooks that are added later; attach "
+                "to the original model first, compile after it, and switch with handle.set"
+            )

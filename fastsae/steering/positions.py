@@ -1,0 +1,158 @@
+"""Where every token of a forward stands: its absolute position, padding, prompt or generated.
+
+A hook on the module that owns the decoder layers sees each forward's attention mask, position ids
+and cache before any layer changes them; a wrapper around `generate` knows where the prompt ends.
+Nothing here reads a tensor's values on the host, so it costs no synchronisation and traces into a
+graph. (One exception, once per `generate` that was called without a mask: see `_prompt_lengths`.)
+"""
+
+import contextlib
+import inspect
+
+import torch
+from torch import Tensor
+
+from fastsae.errors import FastsaeError
+
+
+class Generation:
+    """One call of `generate`: the columns its prompt fills and, once known, each row's length.
+
+    columns counts padding and whatever an earlier cache holds; lengths [batch] counts real tokens.
+    """
+
+    def __init__(self, batch: int, columns: int, lengths: Tensor | None):
+        self.batch = batch
+        self.columns = columns
+        self.lengths = lengths
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: dict) -> "Generation":
+        """From the arguments of `generate`; a mask also covers tokens that a given cache holds."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        prompt = kwargs.get("inputs_embeds")
+        prompt = ids if prompt is None else prompt
+        mask = kwargs.get("attention_mask")
+        if not isinstance(prompt, Tensor):
+            return cls(1, 1, None)  # generate() without a prompt starts from one BOS token
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return cls(prompt.shape[0], prompt.shape[1], None)
+        return cls(prompt.shape[0], max(prompt.shape[1], mask.shape[1]), (mask != 0).sum(1))
+
+
+class Where:
+    """The tokens of one forward, for every hooked layer of it: B rows, T tokens in each."""
+
+    def __init__(self, given: dict, generation: Generation | None):
+        mask, ids = given.get("attention_mask"), given.get("position_ids")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        self.packed = given.get("cu_seq_lens_q") is not None
+        self.generation = generation
+        self.past = self._cached(given.get("past_key_values"))
+        self._positions: Tensor | None = None
+        self._real: Tensor | None = None
+
+    def _cached(self, cache) -> "int | Tensor":
+        """Tokens in the cache before this forward. A static cache counts in a tensor it updates."""
+        if cache is None or not hasattr(cache, "get_seq_length"):
+            return 0
+        lengths_known = self.generation is not None and self.generation.lengths is not None
+        if lengths_known and self.mask is None and self.ids is not None:
+            return 0  # not needed, and a static sliding cache has an int: a recompile per token
+        past = cache.get_seq_length()
+        return past.clone() if isinstance(past, Tensor) else past
+
+    def positions(self, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(positions [B or 1, T], real [B, T] or None). Padding: real is False, or position 0."""
+        if self._positions is None or self._positions.device != residual.device:
+            self._positions, self._real = self._locate(residual.shape[1], residual.device)
+        return self._positions, self._real
+
+    def _locate(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        past = self.past.to(device) if isinstance(self.past, Tensor) else self.past
+        if self.mask is None:
+            if self.ids is not None and self.ids.shape[1] == tokens:
+                return self.ids.to(device), None
+            return (torch.arange(tokens, device=device) + past).unsqueeze(0), None
+        real = (self.mask != 0).to(device)
+        positions = real.long().cumsum(1) - 1
+        columns = real.shape[1]
+        if columns == tokens:
+            return positions + past, real
+        # With a static cache the mask can be as long as the cache: our columns follow the past.
+        if isinstance(past, Tensor):
+            here = past + torch.arange(tokens, device=device)
+            return positions.index_select(1, here), real.index_select(1, here)
+        end = past + tokens if 0 < past <= columns - tokens else columns
+        return positions[:, end - tokens : end], real[:, end - tokens : end]
+
+    def steered(self, residual: Tensor, first_token: bool) -> Tensor:
+        """[B or 1, T] bool: real tokens, without each row's first one unless `first_token`."""
+        positions, real = self.positions(residual)
+        later = positions >= (0 if first_token else 1)
+        return later if real is None else real & later
+
+    def generated(self, residual: Tensor, lengths: Tensor | None) -> "Tensor | bool":
+        """Position ≥ prompt length, per token; lengths [B] when the caller knows them.
+
+        Else they come from `generate`. Outside it, a forward without a cache or on an empty one is
+        all prompt, and tokens that follow a filled cache are generated.
+        """
+        if self.packed:
+            raise FastsaeError(
+                'phase: generate_batch packs several requests into one row, where "prompt" and '
+                '"generated" cannot be told apart; use phase="all", or generate'
+            )
+        if lengths is None and self.generation is None:
+            return self.past > 0
+        positions, _ = self.positions(residual)
+        if lengths is None:
+            lengths = self._prompt_lengths(positions, residual.shape[0])
+        return positions >= lengths.to(positions.device).unsqueeze(1)
+
+    def _prompt_lengths(self, positions: Tensor, rows: int) -> Tensor:
+        """[rows]: real prompt tokens of each, that is the prompt's columns less its padding."""
+        scope = self.generation
+        if scope.lengths is not None:
+            return scope.lengths.repeat_interleave(rows // scope.lengths.shape[0])
+        # generate() can derive a mask from the pad token by itself. Padding is on the left, so the
+        # last token's position tells how many of the columns up to it are padding.
+        seen = self.past + positions.shape[1]
+        lengths = scope.columns - (seen - (positions.amax(1) + 1))
+        if not torch.compiler.is_compiling() and seen == scope.columns:
+            scope.lengths = lengths
+        return lengths
+
+
+class Tracker:
+    """Follows the forwards and the `generate` calls of one model while it is hooked."""
+
+    def __init__(self, trunk: torch.nn.Module):
+        self.points: list = []
+        self.now: Where | None = None
+        self.generation: Generation | None = None
+        self._names = tuple(inspect.signature(trunk.forward).parameters)
+
+    def enter(self, trunk, args: tuple, kwargs: dict) -> None:
+        """Before the layers run. Looks at every point, so that torch.compile guards on them."""
+        for point in self.points:
+            if point.active:
+                given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+                self.now = Where(given, self.generation)
+                return
+
+    def leave(self, trunk, args: tuple, output) -> None:
+        self.now = None
+
+    def where(self) -> Where:
+        """The running forward; a layer that is called on its own is a forward without inputs."""
+        return self.now if self.now is not None else Where({}, self.generation)
+
+    @contextlib.contextmanager
+    def generating(self, args: tuple, kwargs: dict):
+        outer, self.generation = self.generation, Generation.of(args, kwargs)
+        try:
+            yield
+        finally:
+            self.generation, self.now = outer, None

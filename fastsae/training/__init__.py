@@ -1,0 +1,1 @@
+"""The parts of the trainer; the entry points are fastsae.data and fastsae.train."""

@@ -1,0 +1,196 @@
+"""The numerics of training one TopK SAE: loss with AuxK, unit-norm decoder, Adam, exact state."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae import ops
+from fastsae.errors import FastsaeError
+from fastsae.sae import SAE, SAEConfig
+from fastsae.training.config import Plan
+
+_BETAS = (0.9, 0.999)
+# A rare feature's gradients are near 1e-7 under a loss that is a mean over all tokens and
+# dimensions: Adam's usual 1e-8 would slow it down.
+_EPS = 6.25e-10
+
+
+class Loss(NamedTuple):
+    """One batch's loss and what it is made of."""
+
+    total: Tensor  # [] differentiable
+    error: Tensor  # [] Σ ‖x̂ − x‖²
+    variance: Tensor  # [] Σ ‖x − x̄‖², x̄ the mean of the batch
+    values: Tensor  # [N, k]
+    indices: Tensor  # [N, k] int32
+
+
+def sae_loss(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    k: int,
+    *,
+    kind: str = "fvu",
+    dead: Tensor | None = None,
+    k_aux: int = 1,
+    aux_coefficient: float = 0.0,
+) -> Loss:
+    """‖x̂ − x‖² + c·min(1, |dead| / k_aux)·‖ê − e‖², each normalised as `kind` says.
+
+    x̂ is the TopK reconstruction of x [N, D], e = x − x̂ its residual (a constant in the second
+    term), and ê = Σ a_i W_dec[i] the reconstruction of e from the k_aux largest pre-activations of
+    x among the features dead [m] int64. kind "fvu": sums over the batch divided by Σ ‖x − x̄‖²;
+    "mse": the mean over tokens of the squared error divided by ‖x‖². Both terms train encoder and
+    decoder.
+    """
+    values, indices = ops.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec)
+    error_ND = ops.decode(values, indices, W_dec, b_dec) - x
+    error = error_ND.square().sum()
+    variance = (x - x.mean(0)).square().sum()
+
+    def normalised(difference: Tensor, square: Tensor | None = None) -> Tensor:
+        if kind == "fvu":
+            square = difference.square().sum() if square is None else square
+            return square / variance.clamp(min=torch.finfo(x.dtype).tiny)
+        norms = x.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
+        return (difference.square().sum(-1) / norms).mean()
+
+    total = normalised(error_ND, error)
+    if aux_coefficient and dead is not None and dead.numel():
+        used = min(k_aux, dead.numel())
+        # Only the dead rows take part, so the others need no mask and cost nothing.
+        z, z_indices = ops.encode_topk(x, W_enc[dead], b_enc[dead], used, b_dec=b_dec)
+        aux = normalised(ops.decode(z, z_indices, W_dec[dead]) + error_ND.detach())
+        total = total + aux_coefficient * min(1.0, dead.numel() / k_aux) * aux
+    return Loss(total, error.detach(), variance, values.detach(), indices)
+
+
+class Trainer:
+    """Weights, Adam and the dead-feature clock of one run; `step(x)` is one optimiser step.
+
+    Training happens in the space of s·x, where s is the power of two for which the mean norm of
+    s·(x − x̄) is nearest to √D: the learning rate then does not depend on the model, and `export`
+    folds s into the biases without rounding. float32 throughout.
+    """
+
+    def __init__(self, plan: Plan, k: int, *, loss: str, aux_coefficient: float, seed: int, device):
+        self.plan, self.k, self.loss, self.aux_coefficient = plan, k, loss, aux_coefficient
+        self.steps_done, self.scale = 0, 0.0
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(plan.d_sae, plan.d_in, generator=generator)
+        rows = torch.nn.functional.normalize(rows, dim=-1).to(device)
+        self.weights = {
+            "W_enc": rows.clone(),
+            "b_enc": torch.zeros(plan.d_sae, device=device),
+            "W_dec": rows,
+            "b_dec": torch.zeros(plan.d_in, device=device),
+        }
+        for tensor in self.weights.values():
+            tensor.requires_grad_()
+        self.adam = torch.optim.Adam(
+            self.weights.values(), lr=plan.lr, betas=_BETAS, eps=_EPS, fused=True
+        )
+        # Tokens since each feature was last active.
+        self.idle = torch.zeros(plan.d_sae, dtype=torch.int64, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def start(self, rows: Tensor) -> None:
+        """Choose the scale, and the mean as b_dec, from a sample of activations [n, D]."""
+        mean = rows.double().mean(0)
+        norm = float((rows - mean).norm(dim=-1).mean())
+        if not norm > 0:
+            raise FastsaeError("text: all activations are equal; give more, and more varied, text")
+        self.scale = 2.0 ** round(math.log2(math.sqrt(rows.shape[1]) / norm))
+        with torch.no_grad():
+            self.weights["b_dec"].copy_(mean * self.scale)
+
+    def step(self, x: Tensor) -> None:
+        """One step on raw activations x [N, D] float32."""
+        w = self.weights
+        dead = (self.idle > self.plan.dead_after_tokens).nonzero()[:, 0]
+        loss = sae_loss(
+            x * self.scale,
+            **w,
+            k=self.k,
+            kind=self.loss,
+            dead=dead,
+            k_aux=self.plan.k_aux,
+            aux_coefficient=self.aux_coefficient,
+        )
+        self.adam.zero_grad()
+        loss.total.backward()
+        with torch.no_grad():
+            # Adam must not spend its moments on a radial component that the constraint removes.
+            grad, rows = w["W_dec"].grad, w["W_dec"]
+            grad.addcmul_(rows, torch.linalg.vecdot(grad, rows).unsqueeze(1), value=-1)
+            self.adam.param_groups[0]["lr"] = self.plan.lr_at(self.steps_done)
+            self.adam.step()
+            rows.div_(rows.norm(dim=-1, keepdim=True))
+            self._count(loss, len(x))
+        self.steps_done += 1
+
+    def _count(self, loss: Loss, tokens: int) -> None:
+        active = loss.values != 0
+        # Padding goes to one slot past the end; a scatter needs no synchronisation on a GPU.
+        target = torch.where(active, loss.indices, self.plan.d_sae).flatten().long()
+        fired = torch.zeros(self.plan.d_sae + 1, dtype=torch.bool, device=target.device)
+        fired.scatter_(0, target, True)
+        self.idle += tokens
+        self.idle.masked_fill_(fired[:-1], 0)
+        count = torch.tensor(float(tokens), device=target.device)
+        self._sums += torch.stack([loss.error, loss.variance, active.sum().float(), count])
+
+    def metrics(self) -> dict[str, float]:
+        """fvu and l0 since the last call, and the share of dead features now."""
+        error, variance, active, tokens = self._sums.tolist()
+        self._sums.zero_()
+        dead = float((self.idle > self.plan.dead_after_tokens).double().mean())
+        if not math.isfinite(error):
+            raise FastsaeError(
+                f"lr: the loss became {error} by step {self.steps_done}; use a lower rate than "
+                f"{self.plan.lr:.3g}, or a longer warmup_steps than {self.plan.warmup_steps}"
+            )
+        tokens = max(tokens, 1.0)
+        return {"fvu": error / max(variance, 1e-300), "l0": active / tokens, "dead": dead}
+
+    def export(self, config: SAEConfig, device: torch.device | str | None = None) -> SAE:
+        """The SAE for raw activations: W as they are, b_enc / s and b_dec / s (exact: s = 2ⁿ)."""
+        sae = SAE(config)
+        with torch.no_grad():
+            for name, tensor in self.weights.items():
+                folded = tensor / self.scale if name.startswith("b_") else tensor
+                getattr(sae, name).copy_(folded)
+        for name, parameter in sae.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise FastsaeError(
+                    f"dtype: {name} does not fit in {config.dtype}; run the same command with "
+                    "dtype='bfloat16' or 'float32' (the last checkpoint is intact)"
+                )
+        return sae.to(device) if device is not None else sae
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.adam.state_dict()["state"]
+        return {
+            "steps_done": self.steps_done,
+            "scale": self.scale,
+            "weights": {name: t.detach() for name, t in self.weights.items()},
+            "adam": {str(i): dict(moments) for i, moments in state.items()},
+            "idle": self.idle,
+            "sums": self._sums,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps_done, self.scale = int(state["steps_done"]), float(state["scale"])
+        with torch.no_grad():
+            for name, tensor in self.weights.items():
+                tensor.copy_(state["weights"][name])
+        groups = self.adam.state_dict()["param_groups"]
+        moments = {int(i): m for i, m in state["adam"].items()}
+        self.adam.load_state_dict({"state": moments, "param_groups": groups})
+        self.idle.copy_(state["idle"])
+        self._sums.copy_(state["sums"])

@@ -1,0 +1,230 @@
+"""Top activations and activation samples against a plain loop over single documents."""
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.errors import FastsaeError
+from fastsae.explain import activation_values, top_activations
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+D, F = 16, 24
+TEXTS = [
+    "the music of the song and the guitar",
+    "a bank wants security",
+    "",
+    "x",
+    "café ☕ naïve the song",
+    "security of the bank and the music of the bank " * 3,
+    "the music of the song and the guitar",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    level = tokenizers.pre_tokenizers.ByteLevel
+    built = tokenizers.Tokenizer(tokenizers.models.BPE())
+    built.pre_tokenizer, built.decoder = (
+        level(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>"],
+        initial_alphabet=level.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator([t for t in TEXTS if "☕" not in t], trainer)
+    built.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=built, bos_token="<s>", padding_side="left"
+    )
+
+
+@pytest.fixture(params=["llama, topk", "gpt2, relu"])
+def kind(request):
+    return request.param.split(", ")
+
+
+@pytest.fixture
+def model(kind, tokenizer):
+    torch.manual_seed(4)
+    if kind[0] == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=len(tokenizer), n_embd=D, n_layer=3, n_head=2, n_positions=64
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=D,
+        intermediate_size=D,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def sae(kind):
+    torch.manual_seed(5)
+    k = 4 if kind[1] == "topk" else None
+    hook = "blocks.1.hook_resid_post"
+    return fastsae.SAE(fastsae.SAEConfig(D, F, activation=kind[1], k=k, hook_name=hook))
+
+
+@torch.no_grad()
+def _oracle(sae, model, tokenizer, features, hidden_state=2, max_length=512):
+    """Per feature every (value, document, position) with a positive value, in text order."""
+    found = {f: [] for f in features}
+    tokens = 0
+    for document, text in enumerate(TEXTS):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :max_length]
+        ids = ids.to(model.device)
+        out = model(input_ids=ids, output_hidden_states=True)
+        dense = sae.encode(out.hidden_states[hidden_state][0]).to_dense()
+        tokens += max(0, len(dense) - 1)
+        for f in features:
+            for position in range(1, len(dense)):
+                if dense[position, f] > 0:
+                    found[f].append((float(dense[position, f]), document, position))
+    return found, tokens
+
+
+def _best(entries, n):
+    best = {}
+    for value, document, position in entries:
+        if document not in best or value > best[document][0] + 1e-6:
+            best[document] = (value, document, position)
+    return sorted(best.values(), key=lambda e: (-round(e[0], 5), e[1]))[:n]
+
+
+def _check(result, expected):
+    assert [(e.document, e.position) for e in result] == [e[1:] for e in expected]
+    assert [e.value for e in result] == pytest.approx([e[0] for e in expected], rel=1e-4)
+
+
+FEATURES = [7, 3, 19, 0, 11]
+
+
+@pytest.mark.parametrize(("batch_size", "n"), [(1, 4), (3, 1), (16, 4)])
+def test_top_activations_match_a_plain_loop(sae, model, tokenizer, batch_size, n, device):
+    sae, model = sae.to(device), model.to(device)
+    got = top_activations(sae, model, tokenizer, TEXTS, FEATURES, n=n, batch_size=batch_size)
+    expected, _ = _oracle(sae, model, tokenizer, FEATURES)
+    assert list(got) == FEATURES and any(expected.values())
+    for f in FEATURES:
+        _check(got[f], _best(expected[f], n))
+
+
+def test_layer_argument_and_input_side(sae, model, tokenizer):
+    got = top_activations(sae, model, tokenizer, TEXTS, FEATURES, layer="blocks.1.hook_resid_pre")
+    expected, _ = _oracle(sae, model, tokenizer, FEATURES, hidden_state=1)
+    same = top_activations(sae, model, tokenizer, TEXTS, FEATURES, layer=0)
+    for f in FEATURES:
+        _check(got[f], _best(expected[f], 5))
+        _check(same[f], _best(expected[f], 5))
+
+
+def test_context_is_the_text_around_the_token(sae, model, tokenizer):
+    got = top_activations(sae, model, tokenizer, TEXTS, range(F), context=3)
+    wide = top_activations(sae, model, tokenizer, TEXTS, range(F), context=200)
+    none = top_activations(sae, model, tokenizer, TEXTS, range(F), context=0)
+    seen = 0
+    for f in range(F):
+        for entry, all_text, alone in zip(got[f], wide[f], none[f], strict=True):
+            text = TEXTS[entry.document]
+            ids = tokenizer(text)["input_ids"]
+            assert all_text.before + all_text.token + all_text.after == text
+            assert (alone.before, alone.after) == ("", "")
+            assert all_text.token in text and "\ufffd" not in entry.before + entry.after
+            if text.isascii():
+                assert entry.token == alone.token == tokenizer.decode(ids[entry.position])
+                assert entry.before + entry.token + entry.after in text
+                ours = tokenizer(entry.before + entry.token, add_special_tokens=False)
+                assert len(ours["input_ids"]) <= 4
+            seen += 1
+    assert seen > F
+
+
+def test_model_runs_no_further_than_the_layer_and_is_left_as_it_was(sae, model, tokenizer):
+    layers = fastsae.models.decoder_layers(model)
+    model.train()
+    pulled, runs, later = [], [], []
+    first = layers[0].register_forward_pre_hook(lambda *_: runs.append(len(pulled)))
+    last = layers[2].register_forward_hook(lambda *_: later.append(1))
+    texts = (pulled.append(t) or t for t in TEXTS)
+    got = top_activations(sae, model, tokenizer, texts, [3], batch_size=2)
+    first.remove()
+    last.remove()
+    assert not later
+    assert runs == [2, 4, 6, 7], "texts are read one batch at a time"
+    assert model.training and not layers[1]._forward_hooks
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    model.eval()
+    assert got == top_activations(sae, model, tokenizer, TEXTS, [3], batch_size=2)
+
+
+def test_long_documents_are_cut(sae, model, tokenizer):
+    got = top_activations(sae, model, tokenizer, TEXTS, FEATURES, max_length=6)
+    expected, _ = _oracle(sae, model, tokenizer, FEATURES, max_length=6)
+    for f in FEATURES:
+        _check(got[f], _best(expected[f], 5))
+    # 64 positions in the GPT-2 model: a document of 500 tokens is cut there, not an index error.
+    top_activations(sae, model, tokenizer, ["music bank " * 250], [3])
+
+
+@pytest.mark.parametrize("limit", [3, 1000])
+def test_activation_values(sae, model, tokenizer, limit):
+    got = activation_values(sae, model, tokenizer, TEXTS, FEATURES, limit=limit, batch_size=2)
+    expected, tokens = _oracle(sae, model, tokenizer, FEATURES)
+    for f in FEATURES:
+        values = [value for value, _, _ in expected[f]]
+        assert got[f].active == len(values) and got[f].tokens == tokens
+        assert got[f].values.dtype == torch.float32
+        assert got[f].values.tolist() == pytest.approx(values[:limit], rel=1e-4)
+
+
+def test_no_text_gives_no_entry(sae, model, tokenizer):
+    assert top_activations(sae, model, tokenizer, [], [1, 2]) == {1: [], 2: []}
+    assert top_activations(sae, model, tokenizer, ["", "x"], [1, 1], batch_size=1).keys() == {1}
+    empty = activation_values(sae, model, tokenizer, [""], [1])[1]
+    assert (len(empty.values), empty.active, empty.tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": []}, "features: got none"),
+        ({"features": [F]}, f"features: got {F}, accepted are 0..{F - 1}"),
+        ({"features": [-1]}, "features: got -1"),
+        ({"texts": "one text"}, "texts: got one string"),
+        ({"texts": ["a", 3]}, "text 1 is a int"),
+        ({"n": 0}, "n: got 0"),
+        ({"context": -1}, "context: got -1"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"max_length": 1}, "max_length: got 1"),
+        ({"layer": 9}, "layer: got 9"),
+        ({"layer": "blocks.1.hook_mlp_out"}, "hook: cannot place"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama, topk"], indirect=True)
+def test_errors(sae, model, tokenizer, change, message):
+    arguments = {"texts": TEXTS, "features": [1]} | change
+    with pytest.raises(FastsaeError, match=message):
+        top_activations(sae, model, tokenizer, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["llama, topk"], indirect=True)
+def test_an_sae_of_another_width_or_without_a_place_is_an_error(model, tokenizer):
+    with pytest.raises(FastsaeError, match="pass layer="):
+        top_activations(fastsae.SAE(fastsae.SAEConfig(D, F, k=2)), model, tokenizer, TEXTS, [1])
+    wide = fastsae.SAE(fastsae.SAEConfig(D + 1, F, k=2, hook_name="layers.1"))
+    with pytest.raises(FastsaeError, match=f"d_in = {D + 1}.*{D}"):
+        top_activations(wide, model, tokenizer, TEXTS, [1])
+    sae = fastsae.SAE(fastsae.SAEConfig(D, F, k=2, hook_name="layers.1"))
+    with pytest.raises(FastsaeError, match="limit: got 0"):
+        activation_values(sae, model, tokenizer, TEXTS, [1], limit=0)

@@ -1,0 +1,108 @@
+"""The command line: one clear line and exit code 2 for mistakes, JSON where a script reads it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastsae
+from fastsae.cli import main
+
+COMMANDS = ("demo", "train", "explain", "search", "generate", "inspect", "env")
+
+
+@pytest.fixture
+def sae_folder(tmp_path):
+    torch.manual_seed(0)
+    sae = fastsae.SAE(fastsae.SAEConfig(d_in=8, d_sae=32, k=4, hook_name="layers.1.output"))
+    frequency = torch.linspace(0, 1, 32)
+    sae.stats = fastsae.FeatureStats(frequency, frequency * 2, frequency * 3, 1000)
+    sae.save_pretrained(tmp_path / "sae")
+    return tmp_path / "sae"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  fastsae {command}" in capsys.readouterr().out
+
+
+def test_help_of_train_documents_every_field(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    from fastsae.training.config import TrainConfig
+
+    for name in TrainConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in out
+    assert "optimiser steps" in out or "steps" in out
+    assert "default 32" in out  # k, read from the dataclass
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["inspect", "/nowhere/sae"], "no such folder"),
+        (["search", "/nowhere/words.safetensors", "music"], "/nowhere/words.safetensors"),
+        (["train", "--layer", "1", "--output", "x"], "text, samples"),
+        (["train", "--layer", "1", "--output", "x", "--samples", "10", "--k", "0"], "k: got 0"),
+        (["generate", "s", "--prompt", "a", "--ablate", "1", "--strength", "2"], "strength"),
+        (["generate", "s", "--prompt", "a", "--policy", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argv, says, capsys):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"fastsae {argv[0]}: ")
+
+
+def test_unknown_command_exits_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["explode"])
+    assert stop.value.code == 2
+    assert "explode" in capsys.readouterr().err
+
+
+def test_no_traceback_from_the_installed_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fastsae.cli", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "cfg.json" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_inspect_text_and_json(sae_folder, capsys):
+    assert main(["inspect", str(sae_folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["d_sae"] == 32
+    assert found["k"] == 4
+    assert found["hook_name"] == "layers.1.output"
+    assert found["statistics"]["tokens"] == 1000
+    assert found["statistics"]["dead_share"] == pytest.approx(1 / 32)
+    assert found["norms"]["W_dec rows"]["median"] == pytest.approx(1.0, abs=1e-5)
+    assert main(["inspect", str(sae_folder)]) == 0
+    assert "layers.1.output" in capsys.readouterr().out
+
+
+def test_env_names_a_backend_and_a_reason_for_every_op(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    from fastsae.ops import backend
+
+    assert set(found["ops"]["cpu"]) == set(backend.OPS)
+    for row in found["ops"]["cpu"].values():
+        assert row["name"] in backend.BACKENDS
+        assert row["reason"]
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    assert all(op in text for op in backend.OPS)
