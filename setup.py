@@ -1,8 +1,8 @@
 """What pyproject.toml cannot compute: whether and how to build the C++ and CUDA extensions.
 
-FASTSAE_BUILD=auto (default): the CPU extension when torch and a C++ compiler exist, CUDA on top when
-torch has CUDA and nvcc exists. none | cpu | cuda ask for exactly that; what was asked for and cannot be
-built is an error. CUDA architectures come from TORCH_CUDA_ARCH_LIST only. No GPU is ever needed.
+FASTSAE_BUILD=auto (default): the CPU extension when torch and a C++ compiler exist, CUDA on top
+when torch has CUDA and nvcc exists. none | cpu | cuda ask for exactly that; what was asked for and
+cannot be built is an error. CUDA architectures come from TORCH_CUDA_ARCH_LIST, never from a GPU.
 """
 
 import os

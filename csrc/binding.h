@@ -31,8 +31,8 @@ inline void check(const Tensor& t, const char* name, int64_t dims, int64_t colum
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.dim() == dims, name, ": expected ", dims, " dimensions, got ", t.dim());
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(columns < 0 || t.size(dims - 1) == columns, name, ": expected a last dimension of ",
-                  columns, ", got ", t.size(dims - 1));
+  STD_TORCH_CHECK(columns < 0 || t.size(dims - 1) == columns, name,
+                  ": expected a last dimension of ", columns, ", got ", t.size(dims - 1));
 }
 
 inline const float* floats(const Tensor& t, const char* name, int64_t dims, int64_t columns) {
@@ -54,8 +54,8 @@ inline void check_range(const int32_t* index, int64_t n, int64_t limit, const ch
     low = index[i] < low ? index[i] : low;
     high = index[i] > high ? index[i] : high;
   }
-  STD_TORCH_CHECK(n == 0 || (low >= 0 && high < limit), name, ": got values from ", low, " to ", high,
-                  ", expected 0 to ", limit - 1);
+  STD_TORCH_CHECK(n == 0 || (low >= 0 && high < limit), name, ": got values from ", low, " to ",
+                  high, ", expected 0 to ", limit - 1);
 }
 
 inline Tensor make(std::initializer_list<int64_t> size, ScalarType type) {

@@ -1,5 +1,5 @@
-// The rescoring dot: every value an exact op returns comes from this one summation order, whatever the
-// batch, tile, thread count or fallback that asked for it.
+// The rescoring dot: every value an exact op returns comes from this one summation order, whatever
+// the batch, tile, thread count or fallback that asked for it.
 #pragma once
 #include "types.h"
 

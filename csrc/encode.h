@@ -1,5 +1,5 @@
-// Encoding without [N, F] pre-activations in fp32: a screened product decides which rescoring dots are
-// computed, and those alone make the result. Certificate: screen.h.
+// Encoding without [N, F] pre-activations in fp32: a screened product decides which rescoring dots
+// are computed, and those alone make the result. Certificate: screen.h.
 #pragma once
 #include "screen.h"
 #include "topk.h"
@@ -50,10 +50,10 @@ void group_bounds(const EncodeArgs& a, float* out) {
 
 struct EncodeScratch {
   SelectScratch select;
-  float* h;           // [F + 16] one row of pre-activations: screened, exact where rescored
-  float* dots;        // [F]
-  int32_t* found;     // [F + 16] candidates, ascending
-  int32_t* todo;      // [F] those of them not rescored yet
+  float* h;            // [F + 16] one row of pre-activations: screened, exact where rescored
+  float* dots;         // [F]
+  int32_t* found;      // [F + 16] candidates, ascending
+  int32_t* todo;       // [F] those of them not rescored yet
   uint16_t* rescored;  // [F / 16 + 1] a bit per column; all zero between rows
 };
 
@@ -71,8 +71,8 @@ inline EncodeScratch encode_scratch(char* memory, int64_t F) {
   return s;
 }
 
-// h = screen + b for one row, and its block maxima. NaN does not count in the maxima (its group has an
-// infinite bound). Returns whether there was one.
+// h = screen + b for one row, and its block maxima. NaN does not count in the maxima (its group has
+// an infinite bound). Returns whether there was one.
 template <class I, class T>
 inline bool load_screen(const EncodeArgs& a, int64_t n, float* h, float* maxima) {
   const float lowest = -__builtin_inff();
@@ -157,9 +157,8 @@ inline int64_t find_candidates(const EncodeArgs& a, const Bound<I>& bound, float
   int64_t found = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* group = a.group_bounds + b * 16;
-    const typename I::Vec best =
-        bound.above(I::load(s.select.maxima + b * 16), I::load(group), I::load(group + groups),
-                    I::load(group + 2 * groups));
+    const typename I::Vec best = bound.above(I::load(s.select.maxima + b * 16), I::load(group),
+                                             I::load(group + groups), I::load(group + 2 * groups));
     if (!I::not_lt(best, limit)) continue;
     const int64_t end = min64((b + 1) * kBlock, a.F);
     for (int64_t j = b * kBlock; j < end; j += 16) {
@@ -176,10 +175,8 @@ inline int64_t find_candidates(const EncodeArgs& a, const Bound<I>& bound, float
 // Returns false when there are too many candidates.
 template <class I>
 inline bool screen_row(const EncodeArgs& a, int64_t n, const EncodeScratch& s, int64_t* found) {
-  const int64_t seeds =
-      maxima_pay(a.F, a.k)
-          ? select_by_maxima<I>(s.h, a.F, a.k, s.select)
-          : (select_by_keys<I>(s.h, a.F, a.k, s.select), a.k);
+  const int64_t seeds = maxima_pay(a.F, a.k) ? select_by_maxima<I>(s.h, a.F, a.k, s.select)
+                                             : (select_by_keys<I>(s.h, a.F, a.k, s.select), a.k);
   const int32_t* seed = s.select.greater;
   rescore<I>(a, n, seed, seeds, s);
   // Any k exact values bound the k-th largest from below; members <= 0 need not be found.
@@ -199,7 +196,8 @@ inline bool screen_row(const EncodeArgs& a, int64_t n, const EncodeScratch& s, i
   return true;
 }
 
-// Writes the active ones of `count` sorted columns, then padding: value 0 and the lowest unused indices.
+// Writes the active ones of `count` sorted columns, then padding: value 0 and the lowest unused
+// indices.
 inline void write_topk(const EncodeArgs& a, int64_t row, const int32_t* sorted, int64_t count,
                        const float* h, uint8_t* used) {
   float* values = a.values + row * a.k;

@@ -38,6 +38,27 @@ struct Avx2 {
     store(lane, v);
     for (int l = 0; l < n; ++l) p[l] = lane[l];
   }
+  FASTSAE_INLINE __m256i round_bits(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i half = _mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff));
+    return _mm256_srli_epi32(_mm256_add_epi32(half, odd), 16);
+  }
+  // Rounds to bf16, to nearest even, and returns what was stored. NaN may come out as anything.
+  FASTSAE_INLINE Vec store_rounded(bf16* p, Vec v, int n) {
+    const __m256i lo = round_bits(v.lo), hi = round_bits(v.hi);
+    // packus works within 128-bit halves; the permutation puts the quarters back in order.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+    if (n == 16) {
+      _mm256_storeu_si256((__m256i*)p, packed);
+    } else {
+      uint16_t lane[16];
+      _mm256_storeu_si256((__m256i*)lane, packed);
+      memcpy(p, lane, (size_t)n * 2);
+    }
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  }
   FASTSAE_INLINE Vec add(Vec a, Vec b) {
     return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
   }
@@ -54,10 +75,10 @@ struct Avx2 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
   }
-#define FASTSAE_COMPARE(name, predicate)                                                     \
-  FASTSAE_INLINE uint32_t name(Vec a, Vec b) {                                               \
-    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, predicate)) |              \
-           (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, predicate)) << 8;          \
+#define FASTSAE_COMPARE(name, predicate)                                            \
+  FASTSAE_INLINE uint32_t name(Vec a, Vec b) {                                      \
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, predicate)) |     \
+           (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, predicate)) << 8; \
   }
   FASTSAE_COMPARE(ge, _CMP_GE_OQ)
   FASTSAE_COMPARE(gt, _CMP_GT_OQ)
@@ -65,12 +86,12 @@ struct Avx2 {
   FASTSAE_COMPARE(not_lt, _CMP_NLT_UQ)
   FASTSAE_COMPARE(unordered, _CMP_UNORD_Q)
 #undef FASTSAE_COMPARE
-#define FASTSAE_COMPARE_KEY(name, instruction)                                               \
-  FASTSAE_INLINE uint32_t name(const int32_t* p, int32_t t) {                                \
-    const __m256i lo = _mm256_loadu_si256((const __m256i*)p), limit = _mm256_set1_epi32(t);  \
-    const __m256i hi = _mm256_loadu_si256((const __m256i*)(p + 8));                          \
-    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(lo, limit))) |       \
-           (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(hi, limit))) << 8;   \
+#define FASTSAE_COMPARE_KEY(name, instruction)                                              \
+  FASTSAE_INLINE uint32_t name(const int32_t* p, int32_t t) {                               \
+    const __m256i lo = _mm256_loadu_si256((const __m256i*)p), limit = _mm256_set1_epi32(t); \
+    const __m256i hi = _mm256_loadu_si256((const __m256i*)(p + 8));                         \
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(lo, limit))) |      \
+           (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(instruction(hi, limit))) << 8;  \
   }
   FASTSAE_COMPARE_KEY(gt_key, _mm256_cmpgt_epi32)
   FASTSAE_COMPARE_KEY(eq_key, _mm256_cmpeq_epi32)

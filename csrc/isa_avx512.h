@@ -33,6 +33,15 @@ struct Avx512 {
   }
   FASTSAE_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   FASTSAE_INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  // Rounds to bf16, to nearest even, and returns what was stored. NaN may come out as anything.
+  FASTSAE_INLINE Vec store_rounded(bf16* p, Vec v, int n) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(half, odd), 16);
+    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(rounded));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16));
+  }
   FASTSAE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   FASTSAE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -42,9 +51,7 @@ struct Avx512 {
   FASTSAE_INLINE uint32_t gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   FASTSAE_INLINE uint32_t eq(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   FASTSAE_INLINE uint32_t not_lt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
-  FASTSAE_INLINE uint32_t unordered(Vec a, Vec b) {
-    return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
-  }
+  FASTSAE_INLINE uint32_t unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   FASTSAE_INLINE uint32_t gt_key(const int32_t* p, int32_t t) {
     return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(t));
   }

@@ -32,6 +32,16 @@ struct Scalar {
   FASTSAE_INLINE void store_n(float* p, Vec v, int n) {
     for (int l = 0; l < n; ++l) p[l] = v.lane[l];
   }
+  // Rounds to bf16, to nearest even, and returns what was stored. NaN may come out as anything.
+  FASTSAE_INLINE Vec store_rounded(bf16* p, Vec v, int n) {
+    FASTSAE_LANES {
+      const uint32_t bits = float_to_bits(v.lane[l]);
+      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+      v.lane[l] = bits_to_float(rounded << 16);
+      if (l < n) p[l].bits = (uint16_t)rounded;
+    }
+    return v;
+  }
   FASTSAE_INLINE Vec add(Vec a, Vec b) {
     FASTSAE_LANES a.lane[l] += b.lane[l];
     return a;
@@ -58,14 +68,14 @@ struct Scalar {
     FASTSAE_LANES a.lane[l] = __builtin_fabsf(a.lane[l]);
     return a;
   }
-#define FASTSAE_COMPARE(name, condition)          \
-  FASTSAE_INLINE uint32_t name(Vec a, Vec b) {    \
-    uint32_t mask = 0;                            \
-    FASTSAE_LANES {                               \
-      const float x = a.lane[l], y = b.lane[l];   \
-      mask |= (uint32_t)(condition) << l;         \
-    }                                             \
-    return mask;                                  \
+#define FASTSAE_COMPARE(name, condition)        \
+  FASTSAE_INLINE uint32_t name(Vec a, Vec b) {  \
+    uint32_t mask = 0;                          \
+    FASTSAE_LANES {                             \
+      const float x = a.lane[l], y = b.lane[l]; \
+      mask |= (uint32_t)(condition) << l;       \
+    }                                           \
+    return mask;                                \
   }
   FASTSAE_COMPARE(ge, x >= y)
   FASTSAE_COMPARE(gt, x > y)
@@ -83,7 +93,8 @@ struct Scalar {
     FASTSAE_LANES mask |= (uint32_t)(p[l] == t) << l;
     return mask;
   }
-  // Writes base + l for the set lanes, ascending; may write up to 16 entries. Returns how many count.
+  // Writes base + l for the set lanes, ascending; may write up to 16 entries. Returns how many
+  // count.
   FASTSAE_INLINE int compress(int32_t* out, uint32_t mask, int32_t base) {
     int n = 0;
     for (; mask; mask &= mask - 1) out[n++] = base + __builtin_ctz(mask);

@@ -64,10 +64,10 @@ struct CentreArgs {
 };
 
 struct WeightArgs {
-  const void* W;   // [F, D] of weight_type
-  bf16* screen;    // [F, D] or null (not wanted, or W is already bf16)
-  float* norms;    // |w_f|, rounded up
-  float* errors;   // |w_f - bf16(w_f)|, rounded up
+  const void* W;  // [F, D] of weight_type
+  bf16* screen;   // [F, D] or null (not wanted, or W is already bf16)
+  float* norms;   // |w_f|, rounded up
+  float* errors;  // |w_f - bf16(w_f)|, rounded up
   DType weight_type;
   int64_t D;
 };
@@ -82,8 +82,9 @@ struct DenseArgs {
 };
 
 struct EncodeArgs {
-  // Approximate W (x - b_dec), columns in tiles: tile t holds [N, width_t] at screen + t * N * tile,
-  // width_t = min(tile, F - t * tile). With screen_is_exact: [N, F] from dense_features, bias included.
+  // Approximate W (x - b_dec), columns in tiles: tile t holds [N, width_t] at screen + t * N *
+  // tile, width_t = min(tile, F - t * tile). With screen_is_exact: [N, F] from dense_features, bias
+  // included.
   const void* screen;
   DType screen_type;
   bool screen_is_exact;
@@ -104,8 +105,8 @@ struct EncodeArgs {
   const float* threshold;  // [F], encode_threshold only
   float* values;           // topk: [., k]
   int32_t* indices;        // topk: [., k]
-  int32_t** entries;       // threshold: output row -> malloc'ed count indices, then count value bits
-  int64_t* counts;         // threshold: output row -> count
+  int32_t** entries;  // threshold: output row -> malloc'ed count indices, then count value bits
+  int64_t* counts;    // threshold: output row -> count
 };
 
 struct SteerTableArgs {
@@ -135,9 +136,9 @@ enum class Objective : int32_t { mi = 0, pmi = 1, paper = 2, logit = 3 };
 struct MiArgs {
   const float* logits;  // [n, V], one chunk of features
   int64_t n, V;
-  float scale;         // 1 / temperature
-  float* column_max;   // [V] running maximum of scale * logits
-  float* column_sum;   // [V] running sum of exp(scale * logits - column_max)
+  float scale;              // 1 / temperature
+  float* column_max;        // [V] running maximum of scale * logits
+  float* column_sum;        // [V] running sum of exp(scale * logits - column_max)
   const float* column_lse;  // [V]
   Objective objective;
   float log_features;  // log F
@@ -169,16 +170,18 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
-const Kernels& kernels();             // the table in use
-bool use_isa(const char* name);       // "scalar" | "avx2" | "avx512" | "auto"; false: not on this machine
-[[noreturn]] void out_of_memory();    // throws std::bad_alloc from baseline code
+const Kernels& kernels();  // the table in use
+bool use_isa(
+    const char* name);  // "scalar" | "avx2" | "avx512" | "auto"; false: not on this machine
+[[noreturn]] void out_of_memory();  // throws std::bad_alloc from baseline code
 
 namespace {
 
 // A 64-byte aligned buffer for the length of a scope.
 struct Memory {
   char* data;
-  explicit Memory(int64_t bytes) : data((char*)aligned_alloc(64, (size_t)((bytes + 127) / 64 * 64))) {
+  explicit Memory(int64_t bytes)
+      : data((char*)aligned_alloc(64, (size_t)((bytes + 127) / 64 * 64))) {
     if (!data) out_of_memory();
   }
   ~Memory() { free(data); }

@@ -1,4 +1,5 @@
-// Scores between features and words from chunks of logits: column sums first, then score and select.
+// Scores between features and words from chunks of logits: column sums first, then score and
+// select.
 #pragma once
 #include "topk.h"
 
@@ -24,7 +25,8 @@ FASTSAE_INLINE float exp_below_zero(float x) {
   return small * bits_to_float((uint32_t)(exponent + 127) << 23);
 }
 
-// Columns [begin, end) of one chunk: running maximum and sum over features, rows in ascending order.
+// Columns [begin, end) of one chunk: running maximum and sum over features, rows in ascending
+// order.
 template <class I>
 void mi_columns(const MiArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t kWidth = 256;
@@ -48,7 +50,8 @@ void mi_columns(const MiArgs& a, int64_t begin, int64_t end) {
     }
     for (int64_t j = 0; j < width; ++j) {
       const float before = a.column_sum[v + j];
-      const float moved = before > 0 ? before * exp_below_zero(a.column_max[v + j] - top[j]) : before;
+      const float moved =
+          before > 0 ? before * exp_below_zero(a.column_max[v + j] - top[j]) : before;
       a.column_sum[v + j] = moved + sum[j];
       a.column_max[v + j] = top[j];
     }

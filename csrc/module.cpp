@@ -33,7 +33,10 @@ PYBIND11_MODULE(_C, m) {
         features["avx512_bf16"] = cpu.avx512_bf16;
         features["avx512_vnni"] = cpu.avx512_vnni;
         features["amx_bf16"] = cpu.amx_bf16;
+        // The ops library holds the choice; it is another shared object, so ask it through torch.
+        features["isa"] =
+            py::module_::import("torch").attr("ops").attr("fastsae").attr("_get_isa")();
         return features;
       },
-      "What the processor and the operating system offer.");
+      "What the processor and the operating system offer, and under \"isa\" what the ops use.");
 }

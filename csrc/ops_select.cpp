@@ -1,5 +1,5 @@
-// Bindings of topk, encode and mi_topk; schemas in fastsae/ops/schema.py. The products that screen are
-// torch.mm, called by fastsae/ops/native.py.
+// Bindings of topk, encode and mi_topk; schemas in fastsae/ops/schema.py. The products that screen
+// are torch.mm, called by fastsae/ops/native.py.
 #include <algorithm>
 #include <numeric>
 
@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> topk_rows(const Tensor& x, int64_t k) {
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor> encode_centre(const Tensor& x, const std::optional<Tensor>& b_dec,
-                                                 bool screen) {
+std::tuple<Tensor, Tensor, Tensor> encode_centre(const Tensor& x,
+                                                 const std::optional<Tensor>& b_dec, bool screen) {
   check(x, "x", 2);
   CentreArgs a{};
   const int64_t N = x.size(0), D = x.size(1);
@@ -111,7 +111,8 @@ struct Encode {
     for (int64_t n = 0; n < a.N; ++n) {
       if (left[(size_t)n]) todo.push_back(n);
     }
-    const int64_t batch = std::min<int64_t>(16, std::max<int64_t>(1, kDenseBytes / (4 * a.F)));
+    // Rows share one pass over W; 32 of them stay in L2.
+    const int64_t batch = std::min<int64_t>(32, std::max<int64_t>(1, kDenseBytes / (4 * a.F)));
     for (int64_t i = 0; i < (int64_t)todo.size(); i += batch) {
       run_dense(kernel, todo.data() + i, std::min(batch, (int64_t)todo.size() - i));
     }
@@ -151,7 +152,8 @@ std::tuple<Tensor, Tensor> encode_topk_rows(const Tensor& screen, const Tensor& 
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor, Tensor> encode_threshold_rows(const Tensor& screen, const Tensor& centred,
+std::tuple<Tensor, Tensor, Tensor> encode_threshold_rows(const Tensor& screen,
+                                                         const Tensor& centred,
                                                          const Tensor& bounds, const Tensor& W,
                                                          const Tensor& b_enc, const Tensor& norms,
                                                          const Tensor& threshold, int64_t tile,

@@ -20,7 +20,8 @@ Tensor widened(const Tensor& t, const char* name) {
   float* wide = (float*)out.mutable_data_ptr();
   const void* data = t.const_data_ptr();
   for (int64_t i = 0; i < t.numel(); ++i) {
-    wide[i] = type == DType::bf16 ? to_float(((const bf16*)data)[i]) : to_float(((const f16*)data)[i]);
+    wide[i] =
+        type == DType::bf16 ? to_float(((const bf16*)data)[i]) : to_float(((const f16*)data)[i]);
   }
   return out;
 }
@@ -74,7 +75,8 @@ Tensor gather_dot(const Tensor& g, const Tensor& W, const Tensor& indices) {
   a.out = (float*)out.mutable_data_ptr();
   a.K = K;
   a.D = g.size(1);
-  parallel(N, K * a.D, [&](int64_t begin, int64_t end) { kernels().gather_dot_rows(a, begin, end); });
+  parallel(N, K * a.D,
+           [&](int64_t begin, int64_t end) { kernels().gather_dot_rows(a, begin, end); });
   return out;
 }
 
@@ -88,7 +90,8 @@ struct InverseIndex {
 InverseIndex invert(const float* values, const int32_t* indices, int64_t N, int64_t K, int64_t F) {
   InverseIndex inverse;
   inverse.offsets.assign((size_t)F + 2, 0);
-  int64_t* next = inverse.offsets.data() + 1;  // next[f] is the write position, in the end offsets[f+1]
+  int64_t* next =
+      inverse.offsets.data() + 1;  // next[f] is the write position, in the end offsets[f+1]
   for (int64_t i = 0; i < N * K; ++i) {
     if (values[i] != 0) ++next[indices[i] + 1];
   }
@@ -106,8 +109,8 @@ InverseIndex invert(const float* values, const int32_t* indices, int64_t N, int6
   return inverse;
 }
 
-std::tuple<Tensor, Tensor> sparse_outer(const Tensor& values, const Tensor& indices, const Tensor& g,
-                                        int64_t F) {
+std::tuple<Tensor, Tensor> sparse_outer(const Tensor& values, const Tensor& indices,
+                                        const Tensor& g, int64_t F) {
   check(values, "values", 2);
   check(g, "g", 2);
   const int64_t N = values.size(0), K = values.size(1), D = g.size(1);
@@ -146,15 +149,16 @@ std::tuple<Tensor, Tensor> sparse_outer(const Tensor& values, const Tensor& indi
     }
   });
   const int64_t slices = (D + 63) / 64;
-  torch::stable::parallel_for(0, (int64_t)heavy.size() * slices, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      SparseOuterArgs part = a;
-      part.column_begin = i % slices * 64;
-      part.column_end = std::min(D, part.column_begin + 64);
-      const int64_t f = heavy[(size_t)(i / slices)];
-      kernels().sparse_outer_features(part, f, f + 1);
-    }
-  });
+  torch::stable::parallel_for(0, (int64_t)heavy.size() * slices, 1,
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  SparseOuterArgs part = a;
+                                  part.column_begin = i % slices * 64;
+                                  part.column_end = std::min(D, part.column_begin + 64);
+                                  const int64_t f = heavy[(size_t)(i / slices)];
+                                  kernels().sparse_outer_features(part, f, f + 1);
+                                }
+                              });
   return {dW, db};
 }
 

@@ -1,20 +1,21 @@
-// Operands of the certified screen: x and W rounded to bf16, and the norms that bound what it costs.
+// Operands of the certified screen: x and W rounded to bf16, and the norms that bound what it
+// costs.
 //
-// With ~ for rounding to bf16, |<x, w> - <x~, w~>| <= |x - x~| |w| + |x~| |w - w~| (Cauchy-Schwarz). The
-// bound holds as well when the product was computed from unrounded operands, in TF32 or in fp32, so no
-// process-wide precision flag can void it. Accumulating D products in fp32 adds at most
-// D 2^-24 |x~| |w~|, the rescoring dot less than that again.
+// With ~ for rounding to bf16, |<x, w> - <x~, w~>| <= |x - x~| |w| + |x~| |w - w~|
+// (Cauchy-Schwarz). The bound holds as well when the product was computed from unrounded operands,
+// in TF32 or in fp32, so no process-wide precision flag can void it. Accumulating D products in
+// fp32 adds at most D 2^-24 |x~| |w~|, the rescoring dot less than that again.
 #pragma once
 #include "decode.h"
 
 namespace fastsae {
 namespace {
 
-constexpr float kHuge = 1e18f;         // larger norms could overflow inside the product
+constexpr float kHuge = 1e18f;          // larger norms could overflow inside the product
 constexpr float kSmallest = 0x1p-125f;  // twice the least normal: what flushing a denormal can cost
 
-// sqrt of a sum of squares, rounded up. The sum was taken in fp32 over n terms of 16 lanes; its squares
-// may have underflowed.
+// sqrt of a sum of squares, rounded up. The sum was taken in fp32 over n terms of 16 lanes; its
+// squares may have underflowed.
 inline float norm_above(float squares, int64_t n) {
   const double slack = 1.0 + (double)(n / 16 + 16) * 0x1p-23;
   const double root = __builtin_sqrt((double)squares * slack + (double)n * 0x1p-125);
@@ -26,16 +27,16 @@ struct RowNorms {
   float whole, rounded, error;  // |v|, |v~|, |v - v~|, each rounded up
 };
 
-// Rounds v to bf16 into `out` and measures what that changed.
+// Rounds v to bf16 into `out` and measures what that changed. A NaN may be rounded to anything: the
+// norms become infinite, and nothing is concluded from the product.
 template <class I>
 inline RowNorms round_row(const float* v, int64_t n, bf16* out) {
-  for (int64_t j = 0; j < n; ++j) from_float(v[j], out + j);
   typename I::Vec whole = I::set1(0), rounded = whole, error = whole;
   const typename I::Vec minus = I::set1(-1.0f);
   for (int64_t j = 0; j < n; j += 16) {
     const int rest = (int)min64(16, n - j);
     const typename I::Vec a = rest == 16 ? I::load(v + j) : I::load_n(v + j, rest, 0);
-    const typename I::Vec b = rest == 16 ? I::load(out + j) : I::load_n(out + j, rest, 0);
+    const typename I::Vec b = I::store_rounded(out + j, a, rest);
     const typename I::Vec d = I::fma(b, minus, a);
     whole = I::fma(a, a, whole);
     rounded = I::fma(b, b, rounded);

@@ -1,5 +1,5 @@
-// dW[f] = Σ v·g_n over the entries of feature f, in ascending row order: no atomics, and the same bits
-// whatever the number of threads.
+// dW[f] = Σ v·g_n over the entries of feature f, in ascending row order: no atomics, and the same
+// bits whatever the number of threads.
 #pragma once
 #include "decode.h"
 

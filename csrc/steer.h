@@ -48,8 +48,8 @@ inline void enforce(const SteerTableArgs& t, float* r, int64_t D, int64_t begin,
 }
 
 template <class I>
-inline void run_operation(const SteerTableArgs& t, int64_t slot, int64_t p, float strength, float* r,
-                          int64_t D, float* a) {
+inline void run_operation(const SteerTableArgs& t, int64_t slot, int64_t p, float strength,
+                          float* r, int64_t D, float* a) {
   const int64_t at = slot * t.P + p;
   const int32_t kind = t.op_kind[at];
   const int64_t begin = t.op_begin[at], end = t.op_end[at];

@@ -1,13 +1,23 @@
-// Fills a kernel table for one instruction set; included by kernels_<isa>.cpp after its target pragma.
+// Fills a kernel table for one instruction set; included by kernels_<isa>.cpp after its target
+// pragma.
 #pragma once
 #include "encode.h"
 #include "mi.h"
 #include "sparse_outer.h"
 #include "steer.h"
 
-#define FASTSAE_KERNELS(I, name)                                                                  \
-  {                                                                                               \
-    name, topk_rows<I>, decode_rows<I>, gather_dot_rows<I>, sparse_outer_features<I>,             \
-        centre_rows<I>, weight_rows<I>, dense_features<I>, group_bounds<I>, encode_topk_rows<I>,  \
-        encode_threshold_rows<I>, steer_rows<I>, mi_columns<I>, mi_rows<I>                        \
-  }
+#define FASTSAE_KERNELS(I, name) \
+  {name,                         \
+   topk_rows<I>,                 \
+   decode_rows<I>,               \
+   gather_dot_rows<I>,           \
+   sparse_outer_features<I>,     \
+   centre_rows<I>,               \
+   weight_rows<I>,               \
+   dense_features<I>,            \
+   group_bounds<I>,              \
+   encode_topk_rows<I>,          \
+   encode_threshold_rows<I>,     \
+   steer_rows<I>,                \
+   mi_columns<I>,                \
+   mi_rows<I>}

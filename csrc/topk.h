@@ -1,12 +1,13 @@
-// Exact top-k of a row by group maxima: the k-th largest group maximum bounds the k-th largest value
-// from below, so only groups that reach it are read again. No sampling, no histogram.
+// Exact top-k of a row by group maxima: the k-th largest group maximum bounds the k-th largest
+// value from below, so only groups that reach it are read again. No sampling, no histogram.
 #pragma once
 #include "kernels.h"
 
 namespace fastsae {
 namespace {
 
-constexpr int64_t kBlock = 256;  // columns per block: 16 lanes, each the maximum of 16 columns 16 apart
+constexpr int64_t kBlock =
+    256;  // columns per block: 16 lanes, each the maximum of 16 columns 16 apart
 
 struct SelectScratch {
   float* maxima;     // [blocks * 16]

@@ -47,7 +47,8 @@ FASTSAE_INLINE void from_float(float value, float* out) { *out = value; }
 FASTSAE_INLINE void from_float(float value, bf16* out) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out->bits = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
+  out->bits =
+      (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
 }
 
 FASTSAE_INLINE void from_float(float value, f16* out) {

@@ -7,7 +7,7 @@ mutual information with it, and change the model's behaviour while it generates 
 from fastsae import ops
 from fastsae.errors import FastsaeError
 
-# `explain` and `train` are functions here and also names of submodules: importing them now binds the
+# `explain` and `train` are functions here and names of submodules: importing them now binds the
 # functions last, and modules are always imported as `from fastsae.explain.mi import ...`.
 from fastsae.explain import Explanations, Vocabulary, explain
 from fastsae.sae import SAE, FeatureStats, Latents, SAEConfig

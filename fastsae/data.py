@@ -41,8 +41,13 @@ def texts(paths: str | Path | Iterable[str | Path], *, field: str = "text") -> I
     >>> list(texts(path))
     ['one\\nline', 'two']
     """
+    return _documents(text_files(paths), field)
+
+
+def text_files(paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The files that `texts` reads, in order; a missing or unknown one is a FastsaeError."""
     listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    return _documents([file for path in listed for file in _files(Path(path))], field)
+    return [file for path in listed for file in _files(Path(path))]
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """Find layers, norms and embeddings of a Hugging Face model by duck typing, and load one."""
 
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,13 +154,12 @@ def load_model(
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise FastsaeError(f"dtype: got {dtype!r}, expected bfloat16, float16 or float32")
-    source, extra = name, {}
-    if name == GEMMA:
-        file = _gemma_file()
-        source, extra = file.parent, {"gguf_file": file.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **extra)
+        if name == GEMMA:
+            model, tokenizer = _load_gemma(AutoModelForCausalLM, AutoTokenizer, kind)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
     except (OSError, ValueError, ImportError) as error:
         raise FastsaeError(f"model: cannot load {name!r}: {_first_line(error)}") from error
     try:
@@ -169,6 +170,32 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     return model.eval(), tokenizer
+
+
+def _load_gemma(model_class, tokenizer_class, dtype: torch.dtype):
+    """The bundled Gemma: unpacking its GGUF takes 45 s, so the unpacked model is kept on disk."""
+    import transformers
+
+    file = _gemma_file()
+    kept = file.parent / f"unpacked-{str(dtype).removeprefix('torch.')}-{transformers.__version__}"
+    if not kept.is_dir():
+        # Left packed, every matrix product would unpack its blocks again. Older transformers always
+        # unpack and have no GgufConfig.
+        packed = getattr(transformers, "GgufConfig", None)
+        dense = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+        tokenizer = tokenizer_class.from_pretrained(file.parent, gguf_file=file.name)
+        model = model_class.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype, **dense)
+        try:
+            with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                os.rename(folder, kept)
+                os.mkdir(folder)
+        except OSError:
+            # No room, a folder that cannot be written, or another process was first: the model in
+            # memory is good all the same.
+            return model, tokenizer
+    return model_class.from_pretrained(kept, dtype=dtype), tokenizer_class.from_pretrained(kept)
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,7 +119,7 @@ class SAE(nn.Module):
         super()._apply(fn, recurse)
         if exact is not None and self.threshold.dtype in (torch.bfloat16, torch.float16):
             # A cast of the module moves θ but must not round it: that would move the gates.
-            self.threshold.data = exact.to(self.threshold.device)
+            self.threshold.data = exact.to(self.threshold.device, torch.float32)
         name = str(self.W_enc.dtype).removeprefix("torch.")
         if name != self.config.dtype:
             self.config = dataclasses.replace(self.config, dtype=name)

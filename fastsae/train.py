@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsae.data import ActivationStream, texts
+from fastsae.data import ActivationStream, text_files, texts
 from fastsae.errors import FastsaeError
 from fastsae.models import hidden_size, hook_module, load_model, resolve_hook
 from fastsae.sae import SAE, SAEConfig
@@ -59,6 +59,7 @@ class _Run:
                 self.config.k,
                 loss=self.config.loss,
                 aux_coefficient=self.config.aux_coefficient,
+                outlier_norm=self.config.outlier_norm,
                 seed=self.config.seed,
                 device=stream.device,
             )
@@ -92,13 +93,12 @@ class _Run:
     def _corpus(self) -> TokenStore:
         """The token ids in work/tokens, made once: a resumed run reads the same file."""
         c = self.config
-        paths = [self._samples()] if c.samples else list(c.text)
-        documents = texts(paths)  # reports a missing file now
+        files = text_files(self._samples() if c.samples else c.text)
         wanted = {
-            "text": [[str(p), Path(p).stat().st_size] for p in paths],
+            "text": [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files],
             "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "ctx_len": c.ctx_len,
-            "pack": c.pack,
+            "pack": not c.samples if c.pack is None else c.pack,
             "limit": None if c.tokens is None else (c.tokens + c.eval_tokens) * 5 // 4 + c.ctx_len,
         }
         directory = self.work / "tokens"
@@ -107,7 +107,7 @@ class _Run:
             if {name: store.about.get(name) for name in wanted} == wanted:
                 return store
         with Progress("tokenizing", wanted["limit"], on=self.progress) as bar:
-            sequences = tokenize(documents, self.tokenizer, c.ctx_len, pack=c.pack)
+            sequences = tokenize(texts(files), self.tokenizer, c.ctx_len, pack=wanted["pack"])
             limit = wanted["limit"]
             return TokenStore.build(sequences, directory, limit=limit, about=wanted, report=bar.to)
 
@@ -289,7 +289,7 @@ class _Run:
             with Progress(title, int(stream.kept[sequences].sum()), on=self.progress) as bar:
                 for batch in stream.rows(sequences):
                     signals.check()
-                    yield batch
+                    yield trainer.typical(batch.float())
                     bar.to(seen := seen + len(batch))
 
         sae.stats = feature_stats(sae, rows(order, c.stats_tokens, "statistics"))

@@ -1,4 +1,5 @@
-"""Triton kernels of fastsae: one file per op, each with its kernels, its launcher and its `AOT` list.
+"""Triton kernels of fastsae: one file per op, each with its kernels, its launcher and its `AOT`
+list.
 
 The folder `kernels/` installs as the package `fastsae.kernels`; it imports torch and triton only.
 """

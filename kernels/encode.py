@@ -1,23 +1,26 @@
 """Encoders: GEMM tiles of at most 64 MB, each consumed by a Triton kernel while it is hot in L2.
 
 [N, F] never exists. `encode_topk` selects inside every column tile and merges the tiles' winners;
-`encode_threshold` counts and compacts the survivors of every (row, BLOCK columns) cell. Neither uses
-atomics, and only `encode_threshold` synchronises with the host, once, for its exact output size.
+`encode_threshold` counts and compacts the survivors of every (row, BLOCK columns) cell. Neither
+uses atomics, and only `encode_threshold` synchronises with the host, once, for its exact output
+size.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastsae.kernels.matmul import WORKSPACE_BYTES, full_fp32, product, split_bf16
 from fastsae.kernels.topk import select
+from torch import Tensor
 
 CELL = 4096  # columns per compaction program
+ARENA_LEAST = 1 << 16  # first guess of encode_threshold's output: so many entries,
+ARENA_PER_ROW = 256  # or so many per row if that is more
 
 
 def _tiles(N: int, F: int, planes: int, least: int) -> tuple[int, int]:
-    """(rows, columns) of a GEMM tile: 1024 rows re-read the weights rarely, whole rows are simplest.
+    """(rows, columns) of a GEMM tile: 1024 rows re-read the weights rarely, whole rows are
+    simplest.
 
     Column tiles are multiples of CELL and at least `least` wide.
     """
@@ -86,11 +89,12 @@ def encode_topk(
     b_dec: Tensor | None = None,
     precision: str = "exact",
 ) -> tuple[Tensor, Tensor]:
-    """(values [N, k] float32, indices [N, k] int32): the k largest of h = W_enc (x - b_dec) + b_enc, ReLU.
+    """(values [N, k] float32, indices [N, k] int32): the k largest of h = W_enc (x - b_dec) +
+    b_enc, ReLU.
 
-    x [N, D], W_enc [F, D], b_enc [F], b_dec [D] or None. Actives (h > 0 or NaN) come first, descending,
-    ties to the lower index; the rest is padding: value 0, the lowest unused indices, ascending. h is
-    accumulated in fp32; precision="fast" rounds the operands to a half type first.
+    x [N, D], W_enc [F, D], b_enc [F], b_dec [D] or None. Actives (h > 0 or NaN) come first,
+    descending, ties to the lower index; the rest is padding: value 0, the lowest unused indices,
+    ascending. h is accumulated in fp32; precision="fast" rounds the operands to a half type first.
     """
     N, F = x.shape[0], W_enc.shape[0]
     values = torch.empty(N, k, dtype=torch.float32, device=x.device)
@@ -113,8 +117,8 @@ def encode_topk(
                 best = select(h.tile(operand, block), min(k, block.stop - first), h.bias[block])
                 winners.append(best[0])
                 their_columns.append(best[1] + first)
-            # Tiles come in column order and each lists equal values by ascending column, so position
-            # order among equals is column order: the merge keeps ties at the lower index.
+            # Tiles come in column order and each lists equal values by ascending column, so
+            # position order among equals is column order: the merge keeps ties at the lower index.
             values[part], indices[part] = select(
                 torch.cat(winners, 1), k, columns=torch.cat(their_columns, 1), active=True
             )
@@ -186,7 +190,7 @@ _COPY_CONFIG = {"BLOCK": 32, "num_warps": 1}
 
 
 def _fill_arena(h: _Preactivation, threshold: Tensor, counts: Tensor, capacity: int):
-    """Survivors of all cells in tile order, at most `capacity` of them; fills `counts` with true counts."""
+    """At most `capacity` survivors of all cells in tile order; fills `counts` with all of them."""
     N, cells = counts.shape
     F = h.W.shape[0]
     device = counts.device
@@ -231,16 +235,18 @@ def _fill_arena(h: _Preactivation, threshold: Tensor, counts: Tensor, capacity: 
 def encode_threshold(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CSR (values [nnz] float32, indices [nnz] int32, row_offsets [N + 1] int64) of h > max(threshold, 0).
+    """CSR (values [nnz] float32, indices [nnz] int32, row_offsets [N + 1] int64) of h >
+    max(threshold, 0).
 
     h as in `encode_topk`, compared strictly in fp32 with the threshold of its feature; NaN is kept.
-    Indices ascend in a row. One host synchronisation: nnz. Survivors go to an arena sized for 256 per row
-    on average; more than that is seen in the counts, and the pass repeats with the exact size.
+    Indices ascend in a row. One host synchronisation: nnz. Survivors go to an arena sized for 256
+    per row on average; more than that is seen in the counts, and the pass repeats with the exact
+    size.
     """
     N, F = x.shape[0], W_enc.shape[0]
     cells = triton.cdiv(F, CELL)
     counts = torch.zeros(N, cells, dtype=torch.int32, device=x.device)
-    capacity = min(N * F, max(1 << 16, 256 * N))
+    capacity = min(N * F, max(ARENA_LEAST, ARENA_PER_ROW * N))
     nnz = 0
     if N:
         with full_fp32(x.device):

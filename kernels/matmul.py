@@ -1,6 +1,9 @@
-"""x Wᵀ with fp32 accumulators and fp32 output through cuBLAS, whatever the process-wide flags say."""
+"""x Wᵀ through cuBLAS with fp32 accumulators and output, whatever the process-wide flags say."""
 
 import contextlib
+import functools
+import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,41 +11,60 @@ from torch import Tensor
 WORKSPACE_BYTES = 64 << 20
 
 
+_lock = threading.Lock()
+_users = 0
+_restore: list[Callable[[], None]] = []
+
+
+def _change(setting, name: str, wanted) -> None:
+    """Sets a flag and remembers how to put it back; nothing if it is as wanted."""
+    before = getattr(setting, name)
+    if before != wanted:
+        setattr(setting, name, wanted)
+        _restore.append(functools.partial(setattr, setting, name, before))
+
+
+def _make_exact(device: torch.device) -> None:
+    """torch keeps the TF32 state twice and its products raise when the two disagree.
+
+    So a state set through `set_float32_matmul_precision` is changed and restored through that, one
+    set through `fp32_precision` (then the older getter raises) through `fp32_precision`.
+    """
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "highest"
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+        _restore.append(functools.partial(torch.set_float32_matmul_precision, legacy))
+    cuda = torch.backends.cuda.matmul
+    setting = cuda if device.type == "cuda" else torch.backends.mkldnn.matmul
+    if setting.fp32_precision not in ("none", "ieee"):
+        _change(setting, "fp32_precision", "ieee")
+    if device.type == "cuda":
+        _change(cuda, "allow_bf16_reduced_precision_reduction", False)
+        _change(cuda, "allow_fp16_reduced_precision_reduction", False)
+        _change(cuda, "allow_fp16_accumulation", False)
+
+
 @contextlib.contextmanager
 def full_fp32(device: torch.device):
     """Matrix products here use neither TF32, nor reduced-precision split-K sums, nor autocast.
 
-    torch keeps the TF32 state twice (`set_float32_matmul_precision` and `fp32_precision`) and raises when
-    the two disagree, so the state is put back through the interface that it was set with.
+    The flags belong to the process: the first thread in changes them, the last one out restores.
     """
-    flags = torch.backends.cuda.matmul
-    new = getattr(flags, "fp32_precision", None)
+    global _users
+    with _lock:
+        _users += 1
+        _make_exact(device)
     try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through fp32_precision alone
-        legacy = None
-    names = (
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_reduced_precision_reduction",
-        "allow_fp16_accumulation",
-    )
-    reductions = {name: getattr(flags, name) for name in names if hasattr(flags, name)}
-    try:
-        if legacy is None:
-            flags.fp32_precision = "ieee"
-        elif legacy != "highest":
-            torch.set_float32_matmul_precision("highest")
-        for name in reductions:
-            setattr(flags, name, False)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if legacy is None:
-            flags.fp32_precision = new
-        elif legacy != "highest":
-            torch.set_float32_matmul_precision(legacy)
-        for name, value in reductions.items():
-            setattr(flags, name, value)
+        with _lock:
+            _users -= 1
+            while _users == 0 and _restore:
+                _restore.pop()()
 
 
 def product(x: Tensor, W: Tensor) -> Tensor:
@@ -59,7 +81,7 @@ def product(x: Tensor, W: Tensor) -> Tensor:
 
 
 def split_bf16(x: Tensor) -> Tensor:
-    """[3, N, D] bfloat16 whose sum is x (float32) up to 2⁻²⁴: fp32 operands for bf16 tensor cores."""
+    """[3, N, D] bfloat16 planes with sum x (float32) up to 2⁻²⁴: fp32 for bf16 tensor cores."""
     high = x.bfloat16()
     rest = torch.where(high.isfinite(), x - high.float(), 0)  # Inf - Inf would turn Inf into NaN
     middle = rest.bfloat16()

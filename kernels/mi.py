@@ -1,9 +1,10 @@
-"""Mutual-information scores and the best words of every feature, by tiles of the logits L = ⟨f, w⟩ / T.
+"""Mutual-information scores and the best words of every feature, by tiles of the logits L = ⟨f, w⟩
+/ T.
 
-[F, V] never exists: a tile of whole feature rows (at most 64 MB) comes from cuBLAS in full fp32. The
-first sweep reduces tiles to column log-sum-exps through partial (maximum, sum) pairs that are combined in
-a fixed order, without locks; the second recomputes the tile (or keeps it, when there is one tile only),
-scores it in place and selects. The row log-sum-exp falls out of the scoring kernel.
+[F, V] never exists: a tile of whole feature rows (at most 64 MB) comes from cuBLAS in full fp32.
+The first sweep reduces tiles to column log-sum-exps through partial (maximum, sum) pairs that are
+combined in a fixed order, without locks; the second recomputes the tile (or keeps it, when there is
+one tile only), scores it in place and selects. The row log-sum-exp falls out of the scoring kernel.
 """
 
 import math
@@ -11,10 +12,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastsae.kernels.matmul import WORKSPACE_BYTES, full_fp32, product
 from fastsae.kernels.topk import select
+from torch import Tensor
 
 OBJECTIVES = {"logit": 0, "pmi": 1, "mi": 2, "paper": 3}
 
@@ -25,9 +25,17 @@ def _exp_shift(maximum):
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _column_partial_kernel(
-    raw, maxima, sums, rows, V, inverse_T, ROWS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr
+    raw,
+    maxima,
+    sums,
+    rows,
+    V,
+    inverse_T,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """(m, Σ e^(L - m)) of BLOCK columns over ROWS rows."""
     group = tl.program_id(0).to(tl.int64)
@@ -47,8 +55,10 @@ def _column_partial_kernel(
     tl.store(sums + group * V + column, total, mask=column < V)
 
 
-@triton.jit
-def _column_combine_kernel(maxima, sums, running_maximum, running_sum, groups, V, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["groups"])
+def _column_combine_kernel(
+    maxima, sums, running_maximum, running_sum, groups, V, BLOCK: tl.constexpr
+):
     """Running (m, s) of BLOCK columns joined with a tile's partials, in the order of the rows."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = column < V
@@ -144,11 +154,12 @@ class _ColumnLSE:
 def mi_topk(
     features: Tensor, words: Tensor, top: int, objective: str = "mi", temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(scores [F, top] float32, indices [F, top] int32) of the best words of every feature, descending.
+    """(scores [F, top] float32, indices [F, top] int32) of the best words of every feature,
+    descending.
 
-    features [F, D], words [V, D]; L = ⟨f, w⟩ / T. "mi": p(v|f) (log p(f|v) + log F); "pmi": log p(f|v);
-    "paper": p(v|f) log p(f|v); "logit": ⟨f, w⟩. Ties go to the lower index. Cost: two GEMM sweeps (one for
-    "logit" or when the logits fit one tile of 64 MB), full fp32.
+    features [F, D], words [V, D]; L = ⟨f, w⟩ / T. "mi": p(v|f) (log p(f|v) + log F); "pmi": log
+    p(f|v); "paper": p(v|f) log p(f|v); "logit": ⟨f, w⟩. Ties go to the lower index. Cost: two GEMM
+    sweeps (one for "logit" or when the logits fit one tile of 64 MB), full fp32.
     """
     F, V = features.shape[0], words.shape[0]
     scores = torch.empty(F, top, dtype=torch.float32, device=features.device)
@@ -167,7 +178,8 @@ def mi_topk(
                 raw = product(f[part], w)
                 columns.add(raw)
             column_lse = columns.value()
-        # The last tile of the first sweep is still at hand: the second sweep runs backwards from it.
+        # The last tile of the first sweep is still at hand: the second sweep runs backwards from
+        # it.
         order = parts if objective == "logit" else parts[::-1]
         for i, part in enumerate(order):
             raw = raw if i == 0 else product(f[part], w)

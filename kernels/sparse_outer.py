@@ -1,9 +1,10 @@
-"""dW[f] = Σ v_nk g_n and db[f] = Σ v_nk over the entries (n, k) of feature f: gradients of sparse codes.
+"""dW[f] = Σ v_nk g_n and db[f] = Σ v_nk over the entries (n, k) of feature f: gradients of sparse
+codes.
 
-One stable sort lists the entries by feature in ascending token order. A program (feature, slice of D)
-then owns one output and adds its entries in that order: no atomics, the same bits in every run, and
-N·K·D is never materialised. A hot feature would be a long serial sum, so every run of SEGMENT sorted
-entries that belongs to one feature is first reduced by a program of its own.
+One stable sort lists the entries by feature in ascending token order. A program (feature, slice of
+D) then owns one output and adds its entries in that order: no atomics, the same bits in every run,
+and N·K·D is never materialised. A hot feature would be a long serial sum, so every run of SEGMENT
+sorted entries that belongs to one feature is first reduced by a program of its own.
 """
 
 import torch
@@ -118,10 +119,12 @@ def _config(itemsize: int) -> dict:
 
 
 def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, F: int) -> tuple[Tensor, Tensor]:
-    """(dW [F, D], db [F]) float32: dW[f] = Σ v_nk g_n, db[f] = Σ v_nk over the entries with index f.
+    """(dW [F, D], db [F]) float32: dW[f] = Σ v_nk g_n, db[f] = Σ v_nk over the entries with index
+    f.
 
-    values [N, K], indices [N, K] int32, g [N, D]. Bit-reproducible. Extra memory: N·K·D/256 floats and
-    the sort's 20 bytes per entry. No host synchronisation.
+    values [N, K], indices [N, K] int32, g [N, D]; an index outside [0, F) adds to nothing.
+    Bit-reproducible. Extra memory: N·K·D/256 floats
+    and the sort's 20 bytes per entry. No host synchronisation.
     """
     N, K = values.shape
     D = g.shape[1]

@@ -1,20 +1,21 @@
 """Exact top-k of every row by group-max pruning: no sampling, no histogram, no atomics.
 
-A program owns a row. Pass 1 keeps the maximum of each of NG column groups; the k-th largest maximum t
-is a lower bound of the k-th largest value, so pass 2 reads only the groups whose maximum reaches t
-(about k of them) and keeps what reaches t. A row with too many survivors, because of ties or because
-its large values sit in few groups, takes the slow path: the exact threshold by bisection over the whole
-row, then an ordered sweep. Nothing is ever truncated.
+A program owns a row. Pass 1 keeps the maximum of each of NG column groups; the k-th largest maximum
+t is a lower bound of the k-th largest value, so pass 2 reads only the groups whose maximum reaches
+t (about k of them) and keeps what reaches t. A row with too many survivors, because of ties or
+because its large values sit in few groups, takes the slow path: the exact threshold by bisection
+over the whole row, then an ordered sweep. Nothing is ever truncated.
 
-Values are compared through ordered 32-bit keys: -0.0 equals 0.0, NaN is above +inf. Key and column are
-packed into one int64 (key · 2³¹ + 2³¹ - 1 - column): distinct numbers that order by value and break ties
-towards the lower column. A survivor's place is the number of survivors that beat it, which for a few
-hundred of them is cheaper to run and to compile than tl.sort.
+Values are compared through ordered 32-bit keys: -0.0 equals 0.0, NaN is above +inf. Key and column
+are packed into one int64 (key · 2³¹ + 2³¹ - 1 - column): distinct numbers that order by value and
+break ties towards the lower column. A survivor's place is the number of survivors that beat it,
+which for a few hundred of them is cheaper to run and to compile than tl.sort.
 """
 
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.topk_wide import packed_keys, write_best
 from torch import Tensor
 
 SCRATCH_BYTES = 64 << 20
@@ -22,8 +23,8 @@ MAX_K = 1024  # larger k: torch.topk on the packed keys, which are distinct
 
 
 @triton.jit
-def _keys(x, COLUMN_MASK, ACTIVE: tl.constexpr):
-    """Ordered uint32 keys of fp32 values; 0 where masked, and where x <= 0 if only actives count."""
+def _keys(x, inside, ACTIVE: tl.constexpr):
+    """Ordered uint32 keys of fp32 values; 0 where masked, or x <= 0 if only actives count."""
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     sign = bits >> 31
@@ -33,7 +34,7 @@ def _keys(x, COLUMN_MASK, ACTIVE: tl.constexpr):
     if ACTIVE:
         key = tl.where(key > 0x80000000, key, tl.full([], 0, tl.uint32))
     key = tl.where(magnitude > 0x7F800000, tl.full([], 0xFFFFFFFF, tl.uint32), key)
-    return tl.where(COLUMN_MASK, key, tl.full([], 0, tl.uint32))
+    return tl.where(inside, key, tl.full([], 0, tl.uint32))
 
 
 @triton.jit
@@ -51,14 +52,27 @@ def _pack(keys, columns):
 
 
 @triton.jit
-def _kth_largest(keys, k):
-    """Largest t such that at least k of the keys are >= t (0 when there are fewer than k keys)."""
+def _kth_largest(keys, k, NG: tl.constexpr):
+    """Largest t such that at least k of the NG keys are >= t (0 when there are fewer than k keys).
+
+    Two bits at a time: the counts of the three candidates travel in one number, because the block
+    reduction, not the comparison, is what takes the time.
+    """
+    WIDTH: tl.constexpr = 10 if NG <= 512 else 14
+    COUNT: tl.constexpr = tl.int32 if NG <= 512 else tl.int64
     t = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        candidate = t | bit
-        bit = bit >> 1
-        t = tl.where(tl.sum((keys >= candidate).to(tl.int32), axis=0) >= k, candidate, t)
+    unit = tl.full([], 0x40000000, tl.uint32)
+    for _ in range(16):
+        first = t + unit
+        second = first + unit
+        third = second + unit
+        counts = (keys >= first).to(COUNT) + ((keys >= second).to(COUNT) << WIDTH)
+        counts += (keys >= third).to(COUNT) << (2 * WIDTH)
+        counts = tl.sum(counts, axis=0)
+        t = tl.where((counts & ((1 << WIDTH) - 1)) >= k, first, t)
+        t = tl.where(((counts >> WIDTH) & ((1 << WIDTH) - 1)) >= k, second, t)
+        t = tl.where((counts >> (2 * WIDTH)) >= k, third, t)
+        unit = unit >> 2
     return t
 
 
@@ -78,7 +92,7 @@ def _count_above(
 def _sweep_row(
     row, bias, packed, F, k, t, HAS_BIAS: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Slow path: exact threshold by bisection, then the k survivors in column order. Returns how many."""
+    """Slow path: exact threshold by bisection, then the survivors in column order; their count."""
     exact = t
     above = _count_above(row, bias, F, t, HAS_BIAS, ACTIVE, BLOCK)
     if above >= k:  # else t itself is the threshold: ties at t brought us here (zeros after a ReLU)
@@ -114,7 +128,6 @@ def _sweep_row(
 def _collect_groups(
     row,
     bias,
-    groups,
     packed,
     F,
     t,
@@ -126,7 +139,7 @@ def _collect_groups(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Keys >= t of the listed groups, packed into the row's buffer of C; returns the true count."""
+    """Packs the keys >= t of the groups listed behind the row's C slots into those; true count."""
     BE: tl.constexpr = 32
     BG: tl.constexpr = BLOCK // BE
     slot = tl.arange(0, BLOCK)
@@ -134,7 +147,7 @@ def _collect_groups(
     found = tl.full([], 0, tl.int32)
     for g in range(0, n_groups, BG):
         listed = g + slot // BE
-        group = tl.load(groups + listed, mask=listed < n_groups, other=NG)
+        group = tl.load(packed + C + listed, mask=listed < n_groups, other=NG).to(tl.int32)
         for e in range(0, per_group, BE):
             element = e + slot % BE
             columns = (element // V) * (NG * V) + group * V + element % V
@@ -180,7 +193,7 @@ def _write_row(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes every survivor to the position of its rank: how many (all distinct) survivors beat it."""
+    """Writes every survivor to its rank: the number of survivors (all distinct) that beat it."""
     slot = tl.arange(0, C)
     mine = tl.load(packed + slot, mask=slot < count, other=-1)
     rank = tl.zeros([C], tl.int32)
@@ -206,7 +219,6 @@ def _select_kernel(
     columns,
     values,
     indices,
-    groups,
     packed,
     F,
     k,
@@ -222,19 +234,18 @@ def _select_kernel(
     n = tl.program_id(0).to(tl.int64)
     row = x + n * F
     columns += n * F
-    groups += n * C
-    packed += n * C
+    packed += n * 2 * C
     values += n * k
     indices += n * k
 
-    # Pass 1: group g holds the columns i·NG·V + g·V + (0..V-1) for all i: contiguous wide loads, and the
-    # maxima stay in registers.
+    # Pass 1: group g holds the columns i·NG·V + g·V + (0..V-1) for all i: contiguous wide loads,
+    # and the maxima stay in registers.
     maxima = tl.zeros([NG], tl.uint32)
     for start in range(0, F, NG * V):
         keys = _load_keys(row, bias, start + tl.arange(0, NG * V), F, HAS_BIAS, ACTIVE)
         maxima = tl.maximum(maxima, tl.max(tl.reshape(keys, [NG, V]), axis=1))
     # Key 0 means "no value": with the floor at 1 padding columns never count as survivors.
-    t = tl.maximum(_kth_largest(maxima, k), tl.full([], 1, tl.uint32))
+    t = tl.maximum(_kth_largest(maxima, k, NG), tl.full([], 1, tl.uint32))
 
     # Pass 2: list the groups that reach t and keep their survivors.
     reach = (maxima >= t).to(tl.int32)
@@ -242,19 +253,17 @@ def _select_kernel(
     count = tl.full([], C + 1, tl.int32)
     if n_groups <= C:
         position = tl.cumsum(reach, axis=0) - reach
-        tl.store(groups + position, tl.arange(0, NG), mask=reach == 1)
+        tl.store(packed + C + position, tl.arange(0, NG).to(tl.int64), mask=reach == 1)
         tl.debug_barrier()
         count = _collect_groups(
-            row, bias, groups, packed, F, t, n_groups, HAS_BIAS, ACTIVE, NG, V, C, BLOCK
+            row, bias, packed, F, t, n_groups, HAS_BIAS, ACTIVE, NG, V, C, BLOCK
         )
     if count > C:
         tl.debug_barrier()
         count = _sweep_row(row, bias, packed, F, k, t, HAS_BIAS, ACTIVE, BLOCK)
     tl.debug_barrier()
 
-    _write_row(
-        row, bias, columns, values, indices, packed, k, count, HAS_BIAS, MAPPED, C, RANK
-    )
+    _write_row(row, bias, columns, values, indices, packed, k, count, HAS_BIAS, MAPPED, C, RANK)
     if ACTIVE:
         active = tl.minimum(count, k)
         if active < k:
@@ -263,21 +272,23 @@ def _select_kernel(
 
 
 def _config(N: int, F: int, k: int) -> dict:
-    """Groups NG, contiguous columns per group V, candidate capacity C and warps for N rows of F columns.
+    """NG groups of runs of V columns, capacity C for survivors, warps: for N rows of F columns.
 
-    Many rows: small programs, so that one row's bisection overlaps another's loads. Few rows: wide ones.
+    Many rows: small programs, so that one row's bisection overlaps another's loads. Few: wide ones.
     """
     NG, V, warps = (512, 8, 4) if k <= 64 else (1024, 8, 8) if k <= 128 else (2048, 4, 8)
     if k > 256:
         NG, V, warps = 4096, 4, 16
     elif N < 512:
-        V, warps = 4 * V, 16
-    while V > 1 and F // V < 8 * k:  # few columns: smaller groups, or pruning would keep most of them
+        V, warps = min(4 * V, 16384 // NG), 16
+    while V > 1 and F // V < 8 * k:  # smaller groups, or pruning would keep most of the row
         V //= 2
     C = max(32, triton.next_power_of_2(2 * k))
-    block = 1024 if warps < 16 else 4096
+    block = 128 * warps
     rank = max(2, 512 * warps // C)  # survivors compared at a time: 16 comparisons per thread
-    return {"NG": NG, "V": V, "C": C, "RANK": rank, "BLOCK": block, "num_warps": warps}
+    # Without an explicit limit ptxas spills a scalar or two to reach a higher occupancy.
+    options = {"num_warps": warps, "maxnreg": 128}
+    return {"NG": NG, "V": V, "C": C, "RANK": rank, "BLOCK": block, **options}
 
 
 def select(
@@ -290,10 +301,10 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of every row of h (+ bias, in fp32), descending, ties to the lower index.
 
-    h [N, F] float32/bfloat16/float16, contiguous. `columns` [N, F] int32: what to return in place of a
-    column's own number (ties are still broken by position). `active`: keep only h > 0 and NaN, the rest of
-    the k entries is padding (value 0, lowest unused indices ascending).
-    Returns values [N, k] (h's dtype; float32 with a bias) and indices [N, k] int32.
+    h [N, F] float32/bfloat16/float16, contiguous. `columns` [N, F] int32: what to return in place
+    of a column's own number (ties are still broken by position). `active`: keep only h > 0 and NaN,
+    the rest of the k entries is padding (value 0, lowest unused indices ascending). Returns values
+    [N, k] (h's dtype; float32 with a bias) and indices [N, k] int32.
     """
     N, F = h.shape
     dtype = h.dtype if bias is None else torch.float32
@@ -303,24 +314,22 @@ def select(
         return values, indices
     config = _config(N, F, min(k, MAX_K))
     C = config["C"]
-    rows = max(1, SCRATCH_BYTES // (max(12 * C, 8 * k) if k <= MAX_K else 24 * F))
+    rows = max(1, SCRATCH_BYTES // (16 * C if k <= MAX_K else 24 * F))
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         n = part.stop - part.start
         if k > MAX_K:
-            packed = _packed_keys(h[part], bias, active)
+            packed = packed_keys(h[part], bias, active)
             mapped = None if columns is None else columns[part]
-            _finish(h[part], bias, mapped, packed, values[part], indices[part], active)
+            write_best(h[part], bias, mapped, packed, values[part], indices[part], active)
         else:
-            groups = torch.empty(n, C, dtype=torch.int32, device=h.device)
-            packed = torch.empty(n, C, dtype=torch.int64, device=h.device)
+            packed = torch.empty(n, 2 * C, dtype=torch.int64, device=h.device)
             _select_kernel[(n,)](
                 h[part],
                 h if bias is None else bias,
                 indices if columns is None else columns[part],
                 values[part],
                 indices[part],
-                groups,
                 packed,
                 F,
                 k,
@@ -333,78 +342,34 @@ def select(
     return values, indices
 
 
-def _packed_keys(h: Tensor, bias: Tensor | None, active: bool) -> Tensor:
-    """What `_pack(_keys(h + bias))` computes, for every column, in torch: the path of k > MAX_K."""
-    x = h.float() if bias is None else h.float() + bias.float()
-    bits = x.view(torch.int32).long()
-    key = torch.where(bits < 0, -1 - bits, bits + (1 << 31))  # bits are sign-extended here
-    key = torch.where(x == 0, 1 << 31, key)
-    if active:
-        key = torch.where(x <= 0, 0, key)
-    key = torch.where(torch.isnan(x), (1 << 32) - 1, key)
-    columns = torch.arange(h.shape[1], device=h.device)
-    packed = (key << 31) | (0x7FFFFFFF - columns)
-    return torch.where(key == 0, -1, packed)
-
-
-def _finish(h, bias, columns, packed, values, indices, active: bool) -> None:
-    """Order packed survivors (-1 in unused slots) and write values and indices, padding included."""
-    k = values.shape[1]
-    best = torch.topk(packed, k, dim=1).values
-    index = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    member = best >= 0
-    index = torch.where(member, index, 0)
-    value = h.gather(1, index)
-    if bias is not None:
-        value = value.float() + bias.float()[index]
-    if columns is not None:
-        index = columns.gather(1, index)
-    if active:
-        used = torch.zeros(h.shape[0], k + 1, dtype=torch.uint8, device=h.device)
-        used.scatter_(1, torch.where(member, index, k).clamp(max=k), 1)
-        unused = torch.argsort(used[:, :k], dim=1, stable=True)
-        slot = torch.arange(k, device=h.device) - member.sum(1, keepdim=True)
-        index = torch.where(member, index, unused.gather(1, slot.clamp(min=0)))
-        value = torch.where(member, value, 0)
-    values.copy_(value)
-    indices.copy_(index)
-
-
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row: (values [N, k] of x's dtype, indices [N, k] int32), descending.
 
-    x [N, F] float32/bfloat16/float16, 1 <= k <= F < 2³¹. Ties go to the lower index, -0.0 equals 0.0,
-    NaN ranks above +inf. k > 1024 takes another exact path: torch.topk on packed 64-bit keys, in row tiles of 64 MB. No host synchronisation.
+    x [N, F] float32/bfloat16/float16, 1 <= k <= F < 2³¹. Ties go to the lower index, -0.0 equals
+    0.0, NaN ranks above +inf. k > 1024 takes another exact path: torch.topk on packed 64-bit keys,
+    in row tiles of 64 MB. No host synchronisation.
     """
     return select(x, k)
 
 
-def _aot(dtype: str, N: int, F: int, k: int, bias: bool, active: bool, mapped=False):
-    """One compile case: what `select` launches for rows of F columns and k winners."""
+def _aot(dtype: str, N: int, F: int, k: int, *flags: str):
+    """One compile case: what `select` launches for N rows of F columns and k winners."""
     config = _config(N, F, k)
-    warps = config.pop("num_warps")
-    signature = {
-        "x": f"*{dtype}:16",
-        "bias": "*fp32:16" if bias else f"*{dtype}:16",
-        "columns": "*i32:16",
-        "values": "*fp32:16" if bias else f"*{dtype}:16",
-        "indices": "*i32:16",
-        "groups": "*i32:16",
-        "packed": "*i64:16",
-        "F": "i32:16",
-        "k": "i32",
-    }
-    constexprs = {"HAS_BIAS": bias, "MAPPED": mapped, "ACTIVE": active, **config}
-    return _select_kernel, signature, constexprs, {"num_warps": warps}
+    options = {name: config.pop(name) for name in ("num_warps", "maxnreg")}
+    constexprs = {flag: flag in flags for flag in ("HAS_BIAS", "MAPPED", "ACTIVE")}
+    integers = {"columns": "*i32:16", "indices": "*i32:16", "packed": "*i64:16"}
+    signature = dict.fromkeys(("x", "bias", "values"), f"*{dtype}:16") | integers
+    return _select_kernel, signature | {"F": "i32:16", "k": "i32"}, constexprs | config, options
 
 
 # Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options).
 AOT = [
-    _aot("bf16", 4096, 65536, 32, False, False),
-    _aot("fp32", 4096, 65536, 32, True, True),
-    _aot("bf16", 1, 65536, 32, False, False),
-    _aot("bf16", 4096, 65536, 100, False, False),
-    _aot("bf16", 4096, 65536, 256, False, False),
-    _aot("fp32", 256, 65536, 1024, True, True),
-    _aot("fp32", 1024, 128, 32, False, True, True),
+    _aot("bf16", 4096, 65536, 32),
+    _aot("fp32", 4096, 65536, 32, "HAS_BIAS", "ACTIVE"),
+    _aot("bf16", 1, 65536, 32),
+    _aot("fp32", 1, 65536, 256, "HAS_BIAS", "ACTIVE"),
+    _aot("bf16", 4096, 65536, 100),
+    _aot("bf16", 4096, 65536, 256),
+    _aot("fp32", 256, 65536, 1024, "HAS_BIAS", "ACTIVE"),
+    _aot("fp32", 1024, 128, 32, "MAPPED", "ACTIVE"),
 ]

@@ -19,29 +19,47 @@ from fastsae.ops.backend import supported
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 HALF_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
+MIXED = (  # types of the activations and of the weights
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float16, torch.bfloat16),
+)
+MODES = ("inference", "autocast", "medium", "fp32_precision", "deterministic")
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "expanded")
 
 
+def _type_names(types) -> str:
+    types = types if isinstance(types, tuple) else (types,)
+    return "-".join(str(t).removeprefix("torch.") for t in types)
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "op(name): the op whose backends the test runs on")
+    config.addinivalue_line("markers", "op(name, but=()): the op whose backends the test runs on")
 
 
 def pytest_generate_tests(metafunc):
     names = set(metafunc.fixturenames)
     if "backend" in names:
-        op = metafunc.definition.get_closest_marker("op").args[0]
+        marker = metafunc.definition.get_closest_marker("op")
         forced = os.environ.get("FASTSAE_BACKEND")
         pairs = [
             (device, name)
             for device in DEVICES
-            for name in supported(op, device)
-            if forced in (None, "", name)
+            for name in supported(marker.args[0], device)
+            if forced in (None, "", name) and name not in marker.kwargs.get("but", ())
         ]
         metafunc.parametrize("device,backend", pairs, ids=["-".join(p) for p in pairs])
     elif "device" in names:
         metafunc.parametrize("device", DEVICES)
     if "dtype" in names:
-        metafunc.parametrize("dtype", HALF_AND_FULL, ids=lambda d: str(d).removeprefix("torch."))
+        metafunc.parametrize("dtype", HALF_AND_FULL, ids=_type_names)
+    if "mixed" in names:
+        metafunc.parametrize("mixed", MIXED, ids=_type_names)
+    if "mode" in names:
+        metafunc.parametrize("mode", MODES)
     if "layout" in names:
         metafunc.parametrize("layout", LAYOUTS)
 
@@ -112,6 +130,26 @@ def topk_sample(activations):
     return sample
 
 
+class EncodeSample(SimpleNamespace):
+    """Arguments of an encoder, and the dense formula for them."""
+
+    def pre_activations(self, centre=True, dtype=torch.float64):
+        x = self.x.to(dtype)
+        x = x - self.b_dec.to(dtype) if centre else x
+        return x @ self.W_enc.to(dtype).T + self.b_enc.to(dtype)
+
+    def rounding(self, centre=True):
+        """What an fp32 pre-activation may differ from the exact one: (D + 3)·2⁻²⁴·Σ|terms|."""
+        x, W = self.x.double(), self.W_enc.double()
+        size = (x.abs() + self.b_dec.double().abs() if centre else x.abs()) @ W.abs().T
+        return (x.shape[1] + 3) * 2.0**-24 * (size + self.b_enc.double().abs())
+
+    def leaves(self, dtype=None):
+        """x, W_enc, b_enc and b_dec as differentiable leaves."""
+        tensors = (self.x, self.W_enc, self.b_enc, self.b_dec)
+        return [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+
+
 @pytest.fixture(scope="session")
 def encode_sample(activations):
     """x [N, D], W_enc [F, D], b_enc [F], b_dec [D], threshold [F] of an SAE."""
@@ -124,7 +162,7 @@ def encode_sample(activations):
 
         scale = 1.0 if kind == "integers" else d**0.5
         other = "integers" if kind == "integers" else "normal"
-        return SimpleNamespace(
+        return EncodeSample(
             x=draw(n, d, kind=kind, dtype=dtype, offset=1),
             W_enc=draw(f, d, kind=other, offset=2) * scale,
             b_enc=draw(f, kind=other, offset=3),
@@ -246,6 +284,7 @@ def as_good_as_torch():
     """err(got) ≤ 2·err(torch at the same dtype) + 4 ulp of the largest entry of the oracle."""
 
     def check(got, oracle, by_torch, what="result"):
+        got, oracle, by_torch = got.detach(), oracle.detach(), by_torch.detach()
         assert got.shape == oracle.shape, what
         if oracle.numel() == 0:
             return
@@ -265,7 +304,7 @@ def as_good_as_torch():
 
 @pytest.fixture
 def largest_allocation():
-    """Bytes of the largest single CPU allocation (or the CUDA peak) while `function` runs."""
+    """Bytes of the largest single CPU allocation, or of all CUDA ones, while `function` runs."""
 
     def measure(function, device: str = "cpu") -> int:
         if device == "cuda":
@@ -312,7 +351,8 @@ def process_mode():
             finally:
                 backend.matmul.fp32_precision = before
         else:
-            torch.use_deterministic_algorithms(True)
+            # On CUDA cuBLAS would insist on an environment variable: warn there.
+            torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
             try:
                 yield
             finally:

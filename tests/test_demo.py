@@ -44,9 +44,9 @@ def model(tokenizer):
 PROMPTS = ["I went to the", "the sea"]
 
 
-def draw(model, tokenizer, ids, **more):
-    options = {"new_tokens": 6, "seed": 3, **more}
-    return effect.sample(model, tokenizer, PROMPTS, {"sea": ids}, **options)
+def draw(model, tokenizer, ids, seed=3, prompts=PROMPTS):
+    noise = torch.rand(2, 6, generator=torch.Generator().manual_seed(seed))
+    return effect.sample(model, tokenizer, prompts, [ids], noise.repeat(len(prompts) // 2, 1))
 
 
 def test_first_tokens_take_both_cases(tokenizer):
@@ -56,28 +56,50 @@ def test_first_tokens_take_both_cases(tokenizer):
 def test_mass_and_perplexity_against_a_plain_loop(model, tokenizer):
     """Each row alone, without padding or cache, gives the recorded mass and perplexity."""
     ids = effect.first_tokens(tokenizer, ["sea", "sky"])
+    noise = torch.rand(2, 6, generator=torch.Generator().manual_seed(3))
     drawn = draw(model, tokenizer, ids)
-    mass, loss, count = 0.0, 0.0, 0
-    for tokens, mask in zip(drawn.tokens, drawn.mask, strict=True):
+    loss, count = 0.0, 0
+    for i, (tokens, mask) in enumerate(zip(drawn.tokens, drawn.mask, strict=True)):
         row = tokens[mask.bool()]
+        prompt = int(mask[: drawn.prompt_width].sum())
         with torch.inference_mode():
             log_p = model(row[None]).logits[0].double().log_softmax(-1)
-        for position in range(len(row) - 6, len(row)):
-            mass += float(log_p[position - 1, ids].exp().sum())
+        mass = 0.0
+        for step, position in enumerate(range(prompt, len(row))):
+            p = log_p[position - 1].exp()
+            mass += float(p[ids].sum())
             loss -= float(log_p[position - 1, row[position]])
-            count += 1
-    assert drawn.mass["sea"] == pytest.approx(mass / count, rel=1e-4)
-    assert effect.perplexity(model, drawn) == pytest.approx(math.exp(loss / count), rel=1e-4)
+            assert int((p.cumsum(-1) <= noise[i, step]).sum()) == int(row[position])
+        assert float(drawn.mass[i, 0]) == pytest.approx(mass / (len(row) - prompt), rel=1e-4)
+        count += len(row) - prompt
+    assert count < 12, "choose a seed where a row ends early, to see that it counts no further"
+    reading = effect.read(model, drawn, [ids])
+    assert effect.perplexity(reading) == pytest.approx(math.exp(loss / count), rel=1e-4)
+    # Unsteered, reading the text gives what was recorded while it was written.
+    assert torch.allclose(reading.mass, drawn.mass, rtol=1e-4)
 
 
-def test_sampling_is_repeatable_and_leaves_the_global_generator_alone(model, tokenizer):
+def test_draws_follow_the_models_distribution(model, tokenizer):
+    """With 4000 rows the share of each first token is its probability, within 4 standard errors."""
+    n = 4000
+    noise = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
+    drawn = effect.sample(model, tokenizer, ["I went"] * n, [torch.tensor([7])], noise)
+    share = torch.bincount(drawn.tokens[:, -1], minlength=len(tokenizer)).double() / n
+    ids = tokenizer("I went", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        p = model(ids).logits[0, -1].double().softmax(-1)
+    assert ((share - p).abs() <= 4 * (p * (1 - p) / n).sqrt() + 1e-9).all()
+
+
+def test_sampling_is_repeatable_and_does_not_depend_on_the_batch(model, tokenizer):
     ids = effect.first_tokens(tokenizer, ["sea"])
     torch.manual_seed(11)
     before = torch.get_rng_state()
     one = draw(model, tokenizer, ids)
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(one.tokens, draw(model, tokenizer, ids).tokens)
-    assert not torch.equal(one.tokens, draw(model, tokenizer, ids, seed=4).tokens)
+    assert draw(model, tokenizer, ids).texts == one.texts
+    assert draw(model, tokenizer, ids, prompts=PROMPTS * 3).texts == one.texts * 3
+    assert draw(model, tokenizer, ids, seed=4).texts != one.texts
 
 
 def test_steering_towards_a_word_raises_its_mass(model, tokenizer):
@@ -88,9 +110,13 @@ def test_steering_towards_a_word_raises_its_mass(model, tokenizer):
         sae.W_dec[5] = direction / direction.norm()
     policy = fastsae.Policy([fastsae.add([5], 40.0)])
     base = draw(model, tokenizer, ids)
-    steered = draw(model, tokenizer, ids, steering=fastsae.steer(model, sae, policy))
-    assert steered.mass["sea"] > 2 * base.mass["sea"]
-    assert torch.equal(base.tokens, draw(model, tokenizer, ids).tokens), "the hook was left behind"
+    with fastsae.attach(model, {"layers.1.output": sae}) as handle:
+        handle.set([None, None, policy, policy])
+        mixed = draw(model, tokenizer, ids, prompts=PROMPTS * 2)
+    alike = draw(model, tokenizer, ids, prompts=PROMPTS * 2)
+    assert torch.equal(mixed.mass[:2], alike.mass[:2]), "a row without a policy changed"
+    assert mixed.mass[2:].mean() > 2 * base.mass.mean()
+    assert draw(model, tokenizer, ids).texts == base.texts, "the hook was left behind"
 
 
 def test_topics_are_fixed_and_held_out_words_are_not_searched():
@@ -126,7 +152,7 @@ def test_shipped_sae_is_small_and_says_where_it_belongs():
 def topic(**more):
     base = {
         "name": "sea <b>", "search": ["a"], "held_out": ["b"], "features": [1, 2], "fold": 8.0,
-        "random_fold": 1.1, "perplexity_ratio": 1.4, "passed": True,
+        "writing_fold": 9.0, "random_fold": 1.1, "perplexity_ratio": 1.4, "passed": True,
         "pair": {"prompt": "I <i>", "base": "x", "steered": "y & z"},
     }  # fmt: skip
     return base | more

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, ops
+from fastsae.ops.backend import interpreting
 
 pytestmark = pytest.mark.op("topk")
 
@@ -77,6 +78,8 @@ def test_two_values_that_differ_in_the_last_bit(device, backend):
 def test_special_values(k, dtype, device, backend):
     inf, nan = float("inf"), float("nan")
     tiny = torch.finfo(dtype).smallest_normal
+    if interpreting() and dtype == torch.bfloat16:
+        tiny *= 16  # Triton's interpreter flushes bfloat16 denormals; the compiled kernel does not
     x = torch.zeros(6, 97, device=device, dtype=dtype)
     x[0, [5, 90]] = torch.tensor([nan, inf], device=device, dtype=dtype)
     x[1, :] = nan
@@ -110,7 +113,6 @@ def test_reruns_are_bit_equal(topk_sample, device, backend):
         assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
-@pytest.mark.parametrize("mode", ["inference", "autocast", "medium", "deterministic"])
 def test_process_wide_modes_change_nothing(topk_sample, process_mode, mode, device, backend):
     x = topk_sample(5, 131, device=device)
     with process_mode(mode, device):

@@ -16,7 +16,7 @@ from fastsae.errors import FastsaeError
 from fastsae.sae import SAE, SAEConfig
 from fastsae.train import Interrupted, TrainConfig, train
 from fastsae.training import checkpoint
-from fastsae.training.config import Plan
+from fastsae.training.config import Plan, default_lr
 from fastsae.training.measure import feature_stats, reconstruction
 from fastsae.training.trainer import Trainer, sae_loss
 
@@ -190,10 +190,8 @@ def plan(**options):
     return Plan(**{**defaults, "k_aux": 8, "dead_after_tokens": 400, "lr": 3e-3, **options})
 
 
-def trainer_on(x, *, aux_coefficient=1 / 32, **options):
-    made = Trainer(
-        plan(**options), K, loss="fvu", aux_coefficient=aux_coefficient, seed=0, device="cpu"
-    )
+def trainer_on(x, **options):
+    made = Trainer(plan(), K, **options)
     made.start(x)
     return made
 
@@ -258,6 +256,21 @@ def test_scale_does_not_change_what_is_learned():
     assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
+def test_attention_sinks_are_left_out():
+    torch.manual_seed(8)
+    x = torch.randn(400, D) + 3
+    sunk = torch.cat([x, torch.full((2, D), 900.0)])
+    plain, robust = trainer_on(x), trainer_on(sunk, outlier_norm=5.0)
+    assert torch.equal(robust.typical(sunk), x) and robust.scale == plain.scale
+    torch.testing.assert_close(robust.weights["b_dec"], plain.weights["b_dec"])
+    robust.load_state_dict(plain.state_dict() | {"limit": robust.limit, "centre": robust.centre})
+    plain.step(x)
+    robust.step(sunk)
+    for name, weight in plain.weights.items():
+        assert torch.equal(weight, robust.weights[name])
+    assert trainer_on(sunk).limit == math.inf and torch.equal(trainer_on(sunk).typical(sunk), sunk)
+
+
 def test_export_refuses_what_does_not_fit():
     x = torch.randn(100, D) * 100 + 1e6
     with pytest.raises(FastsaeError, match="b_dec does not fit in float16"):
@@ -274,6 +287,8 @@ def test_equal_activations_and_divergence_are_one_line():
         trainer.weights["W_dec"][0, 0] = float("inf")
         trainer.weights["b_enc"][0] = 100.0
     trainer.step(x)
+    with pytest.raises(FastsaeError, match=r"lr: the loss became (nan|inf) by step 1"):
+        trainer.state_dict()
     with pytest.raises(FastsaeError, match=r"lr: the loss became (nan|inf) by step 1"):
         trainer.metrics()
 
@@ -522,6 +537,8 @@ def test_config_round_trip_and_defaults():
     assert (p.d_sae, p.k_aux, p.dead_after_tokens) == (8192, 512, 10_000_000)
     assert p.lr == pytest.approx(2e-4 * 2**0.5) and p.warmup_steps == 1000
     assert p.steps == -(-(10**9) // 4096)
+    short = Plan.of(config, 1024, corpus_tokens=4096 * 1250)
+    assert short.lr == pytest.approx(4 * p.lr) and default_lr(2048, 10) == 3e-3
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -540,6 +557,7 @@ def test_statistics_and_reconstruction_against_dense(run):
     found = reconstruction(sae, x.split(77))
     error = (dense @ sae.W_dec + sae.b_dec - x).square().sum().detach()
     assert found["fvu"] == pytest.approx(float(error / (x - x.mean(0)).square().sum()), rel=1e-5)
+    assert found["rms"] == pytest.approx(float((x - x.mean(0)).square().mean().sqrt()), rel=1e-5)
     assert found["l0"] == pytest.approx(float(active.sum(1).float().mean()))
     with pytest.raises(FastsaeError):
         feature_stats(sae, [])

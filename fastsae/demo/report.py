@@ -55,7 +55,8 @@ def write(result: dict, path: Path) -> None:
         "<h2>What steering does</h2>",
         '<p class="note">Features are found by searching the explanations for the topic\'s search '
         "words. Bars: how much more probable the topic's <i>held-out</i> words, which the search "
-        "never saw, become while the model writes. Grey: random features at the same norm.</p>",
+        "never saw, become at the same places of the same texts. Grey: random features at the same "
+        "norm. 'Writing': the same in the texts that the steered model writes itself.</p>",
         bars(result["topics"]),
         _table(result["topics"]),
         "<h2>Base and steered, same prompt and same random numbers</h2>",
@@ -102,13 +103,14 @@ def _table(topics: list[dict]) -> str:
     head = (
         "<tr><th>topic</th><th>searched</th><th>held-out words</th><th>features</th>"
         '<th class="number">rise</th><th class="number">random</th>'
-        '<th class="number">perplexity</th><th>passes</th></tr>'
+        '<th class="number">writing</th><th class="number">perplexity</th><th>passes</th></tr>'
     )
     rows = "".join(
         f"<tr><td><b>{esc(t['name'])}</b></td><td>{esc(', '.join(t['search']))}</td>"
         f"<td>{esc(', '.join(t['held_out']))}</td>"
         f"<td>{esc(', '.join(str(f) for f in t['features']))}</td>"
         f'<td class="number">×{t["fold"]:.1f}</td><td class="number">×{t["random_fold"]:.2f}</td>'
+        f'<td class="number">×{t["writing_fold"]:.1f}</td>'
         f'<td class="number">×{t["perplexity_ratio"]:.2f}</td>'
         f'<td class="{"yes" if t["passed"] else "no"}">{"yes" if t["passed"] else "no"}</td></tr>'
         for t in topics

@@ -17,11 +17,12 @@ from fastsae.explain import Vocabulary, explain, top_activations
 from fastsae.formats import write_text
 from fastsae.models import GEMMA, load_model
 from fastsae.sae import SAE
-from fastsae.steering import Policy, add, steer
+from fastsae.steering import Policy, add, attach
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_SAE = HERE / "sae"
 FOLD, RANDOM_FOLD, PERPLEXITY_RATIO, TOPICS = 5.0, 1.5, 2.0, 8
+_AT_ONCE = 5  # conditions generated in one batch
 
 
 def load_topics() -> dict[str, Any]:
@@ -36,6 +37,7 @@ class Demo:
         self.output, self.sae_path, self.model_name, self.seed = output, sae, model, seed
         self.stream = sys.stderr if quiet else sys.stdout
         self.setup = load_topics()
+        self.topics: list[dict[str, Any]] = self.setup["topics"]
         self.timings: dict[str, float] = {}
         self.result: dict[str, Any] = {"seed": seed, "timings_s": self.timings}
 
@@ -95,10 +97,10 @@ class Demo:
         )  # fmt: skip
         self.explanations.save(self.output / "explanations.safetensors")
         self.say(f"   {self.explanations}")
-        for topic in self.setup["topics"]:
+        for topic in self.topics:
             found = self.explanations.search(
                 topic["search"], top=selection["features"], aggregate=selection["aggregate"],
-                alive_only=True, max_frequency=selection["max_frequency"],
+                min_frequency=selection["min_frequency"],
             )  # fmt: skip
             topic["features"] = [feature for feature, _ in found]
 
@@ -106,7 +108,7 @@ class Demo:
         from fastsae.data import texts
 
         corpus = list(texts([HERE / "corpus.jsonl.gz"]))
-        chosen = [topic["features"][0] for topic in self.setup["topics"]]
+        chosen = [topic["features"][0] for topic in self.topics]
         rows = top_activations(
             self.sae, self.model, self.tokenizer, corpus[:: max(1, len(corpus) // 300)], chosen, n=3
         )
@@ -127,65 +129,122 @@ class Demo:
                 self.say(f"      {t['value']:7.1f}  {line}")
         self.result["histogram"] = histograms(self.sae.stats)
 
-    def policy(self, features: list[int], scale: float = 1.0) -> Policy:
-        strength = self.setup["strength"]
-        return Policy([add(features, strength["value"] * scale, unit=strength["unit"])])
+    def policy(self, name: str, features: list[int]) -> Policy:
+        """Add the features, in proportion to their mean activations, strength_sigma · σ in norm.
 
-    def delta(self, features: list[int]) -> torch.Tensor:
-        """What the policy adds to every steered position, [d_in] float32."""
-        strength = self.setup["strength"]
-        unit = getattr(self.sae.stats, strength["unit"])[features]
-        return strength["value"] * (unit[:, None] * self.sae.W_dec[features].detach()).sum(0)
+        σ is the centred per-dimension RMS of the residual stream, measured by the training.
+        """
+        mean = self.sae.stats.mean[features]
+        delta = (mean[:, None] * self.sae.W_dec[features].detach()).sum(0)
+        size = self.setup["strength_sigma"] * self.sae.config.metadata["metrics"]["rms"]
+        strengths = (mean * size / delta.norm()).tolist()
+        return Policy([add(features, strengths)], name=name)
+
+    def conditions(self) -> dict[str, Policy | None]:
+        """No steering, a policy per topic, and random features.
+
+        The random ones are drawn from the features as frequent as the steered ones which keep none
+        of the search words of any topic among their words: a feature about the topic is no control.
+        """
+        found: dict[str, Policy | None] = {"base": None}
+        found |= {t["name"]: self.policy(t["name"], t["features"]) for t in self.topics}
+        selection = self.setup["selection"]
+        free = self.sae.stats.frequency >= selection["min_frequency"]
+        for t in self.topics:
+            related = self.explanations.search(t["search"], top=self.sae.config.d_sae)
+            free[[feature for feature, _ in related]] = False
+        self.result["random_pool"] = int(free.sum())
+        pool, generator = free.nonzero()[:, 0], torch.Generator().manual_seed(self.seed)
+        for i in range(self.setup["random_draws"]):
+            picked = pool[torch.randperm(len(pool), generator=generator)]
+            features = picked[: selection["features"]].tolist()
+            found[f"random {i}"] = self.policy(f"random {i}", features)
+        return found
 
     def steer(self) -> None:
-        setup, prompts = self.setup, self.setup["prompts"]
-        lists = {
-            t["name"]: effect.first_tokens(self.tokenizer, t["held_out"]) for t in setup["topics"]
-        }
+        """Write with every policy, then let every policy read the unsteered texts."""
+        prompts = self.setup["prompts"]
+        self.lists = [effect.first_tokens(self.tokenizer, t["held_out"]) for t in self.topics]
+        noise = torch.rand(
+            len(prompts),
+            self.setup["new_tokens"],
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        conditions = self.conditions()
+        handle = attach(self.model, {self.sae.config.hook_name: self.sae})
+        written: dict[str, effect.Sample] = {}
+        names = [name for name in conditions if not name.startswith("random")]
+        for start in range(0, len(names), _AT_ONCE):
+            # Several policies share a batch, one per row: what a server does.
+            group = names[start : start + _AT_ONCE]
+            handle.set([conditions[name] for name in group for _ in prompts])
+            together = effect.sample(
+                self.model,
+                self.tokenizer,
+                prompts * len(group),
+                self.lists,
+                noise.repeat(len(group), 1),
+            )
+            for i, name in enumerate(group):
+                written[name] = together.rows(slice(i * len(prompts), (i + 1) * len(prompts)))
+            self.say(f"   wrote with {min(start + _AT_ONCE, len(names))} of {len(names)} policies")
+        readings: dict[str, effect.Reading] = {}
+        for name, policy in conditions.items():
+            handle.set(policy)
+            readings[name] = effect.read(self.model, written["base"], self.lists)
+        handle.detach()
+        self.judge(conditions, written, readings)
 
-        def draw(policy: Policy | None, words: dict) -> effect.Sample:
-            steering = steer(self.model, self.sae, policy) if policy is not None else None
-            return effect.sample(
-                self.model, self.tokenizer, prompts, words,
-                new_tokens=setup["new_tokens"], seed=self.seed, steering=steering,
-            )  # fmt: skip
+    def judge(self, conditions, written, readings) -> None:
+        """The table: each policy's effect on its topic's held-out words, base and random beside it.
 
-        base = draw(None, lists)
-        base_perplexity = effect.perplexity(self.model, base)
-        generator = torch.Generator().manual_seed(self.seed)
-        alive = (self.sae.stats.frequency > 0).nonzero()[:, 0]
+        `fold` compares steered and unsteered probability at the same positions of the same texts,
+        those the unsteered model wrote; `writing_fold` in the texts that each of them writes.
+        """
+        random = [readings[name] for name in conditions if name.startswith("random")]
+        base_perplexity = effect.perplexity(readings["base"])
         self.result["base_perplexity"] = base_perplexity
         self.result["topics"] = []
-        for topic in setup["topics"]:
-            name, words = topic["name"], {topic["name"]: lists[topic["name"]]}
-            steered = draw(self.policy(topic["features"]), words)
-            size = float(self.delta(topic["features"]).norm())
-            folds = []
-            for _ in range(setup["random_draws"]):
-                picked = alive[torch.randperm(len(alive), generator=generator)]
-                random = picked[: len(topic["features"])].tolist()
-                scale = size / float(self.delta(random).norm())
-                folds.append(draw(self.policy(random, scale), words).mass[name] / base.mass[name])
+        folder = self.output / "policies"
+        folder.mkdir(exist_ok=True)
+        for j, topic in enumerate(self.topics):
+            name, policy = topic["name"], conditions[topic["name"]]
+            base, steered = float(readings["base"].mass[:, j].mean()), readings[name]
+            folds = [float(r.mass[:, j].mean()) / base for r in random]
+            own_base = float(written["base"].mass[:, j].mean())
             entry = {
                 **topic,
-                "base_mass": base.mass[name],
-                "steered_mass": steered.mass[name],
-                "fold": steered.mass[name] / base.mass[name],
+                "policy": policy.to_dict(),
+                "base_mass": base,
+                "steered_mass": float(steered.mass[:, j].mean()),
+                "fold": float(steered.mass[:, j].mean()) / base,
+                "writing_fold": float(written[name].mass[:, j].mean()) / own_base,
                 "random_fold": statistics.fmean(folds),
                 "random_folds": folds,
-                "perplexity_ratio": effect.perplexity(self.model, steered) / base_perplexity,
-                "delta_norm": size,
-                "pair": pair(prompts, base, steered),
+                "perplexity_ratio": self.perplexity(written[name]) / base_perplexity,
+                "pair": {
+                    # The first prompt: not chosen after looking.
+                    "prompt": self.setup["prompts"][0],
+                    "base": written["base"].texts[0],
+                    "steered": written[name].texts[0],
+                },
             }
             entry["passed"] = passes(entry)
             self.result["topics"].append(entry)
+            write_text(folder / f"{name}.json", json.dumps(policy.to_dict(), indent=1) + "\n")
             self.show(entry)
+
+    def perplexity(self, text: effect.Sample) -> float:
+        """Of a text under the unsteered model (nothing is attached any more)."""
+        return effect.perplexity(effect.read(self.model, text, self.lists))
 
     def show(self, t: dict) -> None:
         if len(self.result["topics"]) == 1:
-            self.say(f"   {'topic':11}{'rise':>8}{'random':>8}{'perplexity':>12}   features")
+            self.say(
+                f"   {'topic':11}{'rise':>8}{'random':>8}{'writing':>9}{'perplexity':>12}  features"
+            )
         self.say(
-            f"   {t['name']:11}{t['fold']:7.1f}x{t['random_fold']:7.2f}x"
+            f"   {t['name']:11}{t['fold']:7.1f}x{t['random_fold']:7.2f}x{t['writing_fold']:8.1f}x"
             f"{t['perplexity_ratio']:11.2f}x   {t['features']}"
         )
 
@@ -232,11 +291,6 @@ def passes(topic: dict) -> bool:
         and topic["random_fold"] < RANDOM_FOLD
         and topic["perplexity_ratio"] <= PERPLEXITY_RATIO
     )
-
-
-def pair(prompts: list[str], base: effect.Sample, steered: effect.Sample) -> dict[str, str]:
-    """The first prompt's two continuations: not chosen after looking."""
-    return {"prompt": prompts[0], "base": base.texts[0], "steered": steered.texts[0]}
 
 
 def histograms(stats) -> dict[str, Any]:

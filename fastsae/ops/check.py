@@ -70,7 +70,7 @@ def indices(name: str, tensor: Tensor, limit: int) -> Tensor:
 
 
 def same_device(**tensors: Tensor | None) -> None:
-    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    devices = {name: t.device for name, t in tensors.items() if isinstance(t, Tensor)}
     if len(set(devices.values())) > 1:
         found = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise FastsaeError(

@@ -26,6 +26,10 @@ def decode(
 
     Gradients: values, W_dec (dense [F, D], deterministic) and b_dec; [N, K, D] is never stored.
     Cost: N·K·D·itemsize bytes of gathered rows.
+
+    >>> W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> decode(torch.tensor([2.0, 1.0]), torch.tensor([0, 2]), W).tolist()
+    [3.0, 1.0]
     """
     W_dec = check.matrix("W_dec", W_dec)
     b_dec = check.vector("b_dec", b_dec, W_dec.shape[1])

@@ -31,6 +31,10 @@ def encode_topk(
 
     Gradients: values → x, W_enc, b_enc, b_dec; without [N, k, D]; indices have none.
     Source: Gao et al. 2024 (arXiv 2406.04093) for TopK; MATH.md §2 for the certificate.
+
+    >>> W, x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([2.0, -1.0])
+    >>> [t.tolist() for t in encode_topk(x, W, torch.zeros(3), 3)]
+    [[2.0, 1.0, 0.0], [0, 2, 1]]
     """
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
     check.count("k", k, W_enc.shape[0], "d_sae")
@@ -61,6 +65,10 @@ def encode_threshold(
     Gradients: values → x, W_enc, b_enc, b_dec on the active set; threshold has none (its gradient
     is zero almost everywhere; train thresholds with a straight-through estimator elsewhere).
     Source: Rajamanoharan et al. 2024 (arXiv 2407.14435).
+
+    >>> W, x = torch.eye(3), torch.tensor([[2.0, -1.0, 0.5], [0.5, 0.0, 3.0]])
+    >>> [t.tolist() for t in encode_threshold(x, W, torch.zeros(3), torch.tensor(0.5))]
+    [[2.0, 3.0], [0, 2], [0, 1, 2]]
     """
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
     check.floating("threshold", threshold)

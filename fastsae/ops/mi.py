@@ -36,6 +36,9 @@ def mi_topk(
     Returns scores [F, top] float32, descending, and word indices [F, top] int32; ties go to the
     lower index. No gradient. Cost: two passes of 2·F·V·D operations.
     Source: Wu et al. 2025 (arXiv 2502.15576), eq. for MI(V; F) with the dropped H(F) restored.
+
+    >>> mi_topk(torch.eye(2), torch.tensor([[0.0, 4.0], [4.0, 0.0], [1.0, 1.0]]), 2)[1].tolist()
+    [[1, 2], [0, 2]]
     """
     features = check.matrix("features", features)
     words = check.matrix("words", words, features.shape[1])

@@ -1,7 +1,7 @@
 """Every op through the compiled leaf ops `torch.ops.fastsae._*` (sources in csrc/).
 
 Names and signatures are those of fastsae.ops.reference. Products of matrices are torch.mm; what is
-compiled is everything around them. An exact value always comes from one rescoring dot of csrc/dot.h,
+compiled is everything around them. An exact value always comes from one rescoring dot (csrc/dot.h),
 so results do not depend on the batch, the tile, the screen or the number of threads.
 """
 
@@ -16,8 +16,10 @@ from fastsae.ops.reference import full_precision
 
 TILE_BYTES = 64 << 20  # pre-activations of one row tile
 SCREEN_COLUMNS = 4096  # torch.mm is fastest on column tiles; a multiple of csrc's block of 256
-DENSE_ROWS = 4  # up to here the fp32 dots read W once, as the screen would
+DENSE_ROWS = 32  # up to here all fp32 dots cost less than rounding W for a screen
 CANDIDATE_SHARE = 8  # rows with more than F / 8 candidates compute every pre-activation
+MI_CHUNK_BYTES = 16 << 20  # logits of one chunk of features
+MI_KEEP_BYTES = 128 << 20  # all logits are kept for the second pass when they fit
 
 _OBJECTIVES = {"mi": 0, "pmi": 1, "paper": 2, "logit": 3}
 
@@ -46,7 +48,7 @@ def cpu_features() -> dict[str, object]:
     """What the processor offers, and under "isa" what is in use."""
     from fastsae import _C
 
-    return {**_C.cpu_features(), "isa": isa()}
+    return _C.cpu_features()
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -96,9 +98,7 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
 @functools.cache
 def _bf16_is_fast() -> bool:
     """Whether torch.mm on bf16 uses hardware: elsewhere it is emulated and slower than fp32."""
-    from fastsae import _C
-
-    cpu = _C.cpu_features()
+    cpu = cpu_features()
     return (cpu["amx_bf16"] or cpu["avx512_bf16"]) and torch.backends.mkldnn.is_available()
 
 
@@ -107,21 +107,19 @@ class _Screen:
 
     With bf16 hardware: bf16 operands. Without: the fp32 product, under the same bound, because a
     process-wide flag may have turned it into a bf16 one. A few rows need no screen at all.
+    Nothing is kept between calls, so weights may be edited by any means.
     """
 
     def __init__(self, W: Tensor, b_enc: Tensor, n: int, dense: bool) -> None:
         self.W, self.b_enc = W, b_enc.float()
         self.dense = dense and n <= DENSE_ROWS
-        self.half = _bf16_is_fast()
+        self.half = _bf16_is_fast() and not self.dense
         features = W.shape[0]
         self.limits = SCREEN_COLUMNS, max(1, features // CANDIDATE_SHARE)
-        self.row_bytes = features * (4 if self.dense or not self.half else 2)
-        if self.dense:
-            self.weights, self.norms = W, self.b_enc
-            return
-        convert = self.half and W.dtype != torch.bfloat16
-        rounded, self.norms = _leaf._encode_weights(W, convert)
-        self.weights = rounded if convert else W if self.half else W.float()
+        self.row_bytes = features * (2 if self.half else 4)
+        self.several = n * self.row_bytes > TILE_BYTES
+        self.norms = self.b_enc
+        self.tiles: list[Tensor] = []
 
     def row_tiles(self, n: int):
         step = max(1, TILE_BYTES // self.row_bytes)
@@ -130,25 +128,43 @@ class _Screen:
     def operands(self, x: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
         """The leading arguments of the leaf ops: screen, centred x, bounds, W, b_enc, norms."""
         shift = None if b_dec is None else b_dec.float()
-        half = self.half and not self.dense
-        centred, rounded, bounds = _leaf._encode_centre(x, shift, half)
+        centred, rounded, bounds = _leaf._encode_centre(x, shift, self.half)
         if self.dense or x.shape[0] == 0:
             screen = centred.new_empty(0)
         else:
-            screen = self._product(rounded if half else centred)
+            screen = self._product(rounded if self.half else centred)
         return screen, centred, bounds, self.W, self.b_enc, self.norms
 
     def _product(self, x: Tensor) -> Tensor:
         """x Wᵀ in column tiles: tile t is a contiguous [n, width] matrix."""
-        n, features = x.shape[0], self.weights.shape[0]
+        n, features = x.shape[0], self.W.shape[0]
         out = x.new_empty(n * features)
+        begin = 0
         with torch.autocast("cpu", enabled=False):
-            for begin in range(0, features, SCREEN_COLUMNS):
-                tile = self.weights[begin : begin + SCREEN_COLUMNS]
-                width = tile.shape[0]
-                target = out[n * begin : n * (begin + width)].view(n, width)
-                torch.mm(x, tile.T, out=target)
+            for tile in self._weights():
+                end = begin + n * tile.shape[0]
+                torch.mm(x, tile.T, out=out[begin:end].view(n, tile.shape[0]))
+                begin = end
         return out
+
+    def _weights(self):
+        """Column tiles as the product reads them; sets `norms` once all of them were made.
+
+        One row tile meets each of them while it is still in the cache; several share a copy.
+        """
+        if self.tiles:
+            yield from self.tiles
+            return
+        norms = []
+        convert = self.half and self.W.dtype != torch.bfloat16
+        for source in self.W.split(SCREEN_COLUMNS):
+            rounded, bounds = _leaf._encode_weights(source, convert)
+            norms.append(bounds)
+            tile = rounded if convert else source if self.half else source.float()
+            if self.several:
+                self.tiles.append(tile)
+            yield tile
+        self.norms = torch.cat(norms, 1)
 
 
 def _concatenate(parts) -> Tensor:
@@ -158,22 +174,28 @@ def _concatenate(parts) -> Tensor:
 def mi_topk(features, words, top, objective, temperature) -> tuple[Tensor, Tensor]:
     f, w = features.float(), words.float()
     n, v = f.shape[0], w.shape[0]
-    scale = 1.0 / temperature
-    step = max(1, min(n, TILE_BYTES // 4 // (4 * v)))
-    logits = f.new_empty(step, v)
+    step = max(1, MI_CHUNK_BYTES // (4 * v))
+    keep = n * v * 4 <= MI_KEEP_BYTES
+    buffer = f.new_empty(n if keep else min(n, step), v)
+    scale, kind = 1.0 / temperature, _OBJECTIVES[objective]
+
+    def chunks():
+        for i in range(0, n, step):
+            j = min(i + step, n)
+            yield torch.mm(f[i:j], w.T, out=buffer[i:j] if keep else buffer[: j - i])
+
     column_lse = f.new_zeros(v)
     with full_precision(f.device):
+        ready = None
         if objective != "logit":
             maximum, total = f.new_full((v,), -math.inf), f.new_zeros(v)
-            for i in range(0, n, step):
-                chunk = torch.mm(f[i : i + step], w.T, out=logits[: min(step, n - i)])
+            for chunk in chunks():
                 _leaf._mi_columns(chunk, scale, maximum, total)
             column_lse = maximum + total.log()
+            ready = buffer.split(step) if keep else None
         parts = [(f.new_empty(0, top), torch.empty(0, top, dtype=torch.int32))]
-        for i in range(0, n, step):
-            chunk = torch.mm(f[i : i + step], w.T, out=logits[: min(step, n - i)])
-            kind = _OBJECTIVES[objective]
-            parts.append(_leaf._mi_topk(chunk, column_lse, scale, kind, math.log(n), top))
+        for chunk in ready or chunks():
+            parts.append(_leaf._mi_topk(chunk, column_lse, scale, kind, math.log(max(n, 1)), top))
     scores, indices = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(indices)
 

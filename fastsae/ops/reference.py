@@ -7,7 +7,9 @@ fastsae/ops/<op>.py.
 
 import math
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +24,26 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 _precision_lock = threading.Lock()
 _precision_users = 0
-_precision_before: dict[object, str] = {}
+_precision_restore: list[Callable[[], None]] = []
+
+
+def _make_exact(setting) -> None:
+    """torch keeps the state twice, and CUDA products raise when the two disagree.
+
+    So what was set through `set_float32_matmul_precision` is changed and restored through that, and
+    what was set through the newer `fp32_precision` (then the older getter raises) through that.
+    """
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "highest"
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+        _precision_restore.append(partial(torch.set_float32_matmul_precision, legacy))
+    before = setting.fp32_precision
+    if before not in ("none", "ieee"):
+        setting.fp32_precision = "ieee"
+        _precision_restore.append(partial(setattr, setting, "fp32_precision", before))
 
 
 @contextmanager
@@ -34,14 +55,11 @@ def full_precision(device: torch.device):
     process, so the first thread in changes them and the last one out restores them.
     """
     global _precision_users
-    # Per backend: torch.get_float32_matmul_precision() raises once the newer flags are in use.
-    setting = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     with _precision_lock:
         _precision_users += 1
-        before = setting.fp32_precision
-        if before not in ("none", "ieee"):
-            _precision_before[setting] = before
-            setting.fp32_precision = "ieee"
+        _make_exact(
+            (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+        )
     autocast = torch.is_autocast_enabled(device.type)
     try:
         with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
@@ -49,10 +67,8 @@ def full_precision(device: torch.device):
     finally:
         with _precision_lock:
             _precision_users -= 1
-            if _precision_users == 0:
-                for setting, value in _precision_before.items():
-                    setting.fp32_precision = value
-                _precision_before.clear()
+            while _precision_users == 0 and _precision_restore:
+                _precision_restore.pop()()
 
 
 def tiles(n: int, row_bytes: int):
@@ -124,12 +140,13 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
     floor = threshold.to(dtype).clamp(min=0)
     values, indices, counts = [], [], [torch.zeros(1, dtype=torch.int64, device=x.device)]
     with full_precision(x.device):
-        for rows in tiles(n, f * weights.element_size()):
+        for rows in tiles(n, 8 * f):
             h = torch.addmm(bias, centred(x[rows], b_dec, dtype), weights.T)
-            keep = ~(h <= floor)
-            values.append(h[keep])
-            indices.append(keep.nonzero()[:, 1].to(torch.int32))
-            counts.append(keep.sum(-1))
+            row, column = (~(h <= floor)).nonzero().unbind(1)
+            values.append(h[row, column])
+            indices.append(column.to(torch.int32))
+            # Not a sum over the mask: that would make an int64 copy of it.
+            counts.append(torch.bincount(row, minlength=h.shape[0]))
     if not values:
         empty = torch.empty(0, dtype=dtype, device=x.device)
         return empty, empty.to(torch.int32), counts[0]

@@ -9,8 +9,7 @@ leading dimensions.
 import torch
 from torch import Tensor
 
-from fastsae.ops import backend
-from fastsae.ops.csr import csr_to_padded
+from fastsae.ops import backend, csr
 from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
@@ -21,6 +20,8 @@ for schema in (
     " str backend) -> (Tensor values, Tensor indices)",
     "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec,"
     " str backend) -> (Tensor values, Tensor indices, Tensor row_offsets)",
+    "csr_to_padded(Tensor values, Tensor indices, Tensor row_offsets)"
+    " -> (Tensor values, Tensor indices)",
     "decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, str backend) -> Tensor",
     "gather_dot(Tensor g, Tensor W, Tensor indices, str backend) -> Tensor",
     "sparse_outer(Tensor values, Tensor indices, Tensor g, int F, str backend)"
@@ -94,6 +95,7 @@ for name, function in (
     ("topk", _topk),
     ("encode_topk", _encode_topk),
     ("encode_threshold", _encode_threshold),
+    ("csr_to_padded", csr.pad),  # moves numbers, computes none: plain torch on every device
     ("decode", _decode),
     ("gather_dot", _gather_dot),
     ("sparse_outer", _sparse_outer),
@@ -134,6 +136,12 @@ def _(x, W_enc, b_enc, threshold, b_dec, backend):
         x.new_empty(nnz, dtype=torch.int32),
         x.new_empty(x.shape[0] + 1, dtype=torch.int64),
     )
+
+
+@_fake("csr_to_padded")
+def _(values, indices, row_offsets):
+    shape = row_offsets.shape[0] - 1, torch.library.get_ctx().new_dynamic_size(min=1)
+    return values.new_empty(shape), indices.new_empty(shape)
 
 
 @_fake("decode")
@@ -190,6 +198,18 @@ def _decode_backward(ctx, g):
     if ctx.needs_input_grad[3]:
         db = g.sum(0).to(ctx.bias_dtype)
     return dvalues, None, dW, db, None
+
+
+def _csr_setup(ctx, inputs, output):
+    values, _indices, row_offsets = inputs
+    ctx.save_for_backward(row_offsets)
+    ctx.nnz = values.shape[0]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _csr_backward(ctx, dpadded, _dcolumns):
+    (row_offsets,) = ctx.saved_tensors
+    return dpadded[csr.entries(row_offsets, ctx.nnz)], None, None
 
 
 def _gather_dot_setup(ctx, inputs, output):
@@ -269,7 +289,7 @@ def _encode_threshold_setup(ctx, inputs, output):
 
 def _encode_threshold_backward(ctx, dvalues, _dindices, _doffsets):
     x, W_enc, b_dec, indices, row_offsets = ctx.saved_tensors
-    padded, columns, _ = csr_to_padded(dvalues, indices, row_offsets)
+    padded, columns = torch.ops.fastsae.csr_to_padded(dvalues, indices, row_offsets)
     dx, dW, db_enc, db_dec = _encode_backward(ctx, padded, columns, x, W_enc, b_dec)
     return dx, dW, db_enc, None, db_dec, None
 
@@ -280,5 +300,6 @@ for name, backward, setup in (
     ("sparse_outer", _sparse_outer_backward, _sparse_outer_setup),
     ("encode_topk", _encode_topk_backward, _encode_topk_setup),
     ("encode_threshold", _encode_threshold_backward, _encode_threshold_setup),
+    ("csr_to_padded", _csr_backward, _csr_setup),
 ):
     torch.library.register_autograd(f"fastsae::{name}", backward, setup_context=setup, lib=lib)

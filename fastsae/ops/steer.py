@@ -53,7 +53,8 @@ def steer(
     norm_preserve rescales the final r to ‖x‖. A gate leaves the row alone unless the mean of its
     a_s on x is ≥ gate_above.
 
-    x [..., D] (float32, bfloat16, float16), slots [...] int32, strengths [...] float32.
+    x [..., D] (float32, bfloat16, float16), slots [...] int32 in [0, S), which is not checked (it
+    would cost more than an idle call), strengths [...] float32.
     Returns a new tensor of x's shape and dtype, cast once at the end; rows in slot 0 and rows whose
     gate is closed are copied bit for bit. No gradient.
     Source: Wu et al. 2025 (arXiv 2502.15576) for amplify and calibrate; MATH.md §4.

@@ -58,7 +58,7 @@ class SteeringHandle:
         needs none. Without it, a forward outside `generate` is all prompt when it starts from an
         empty cache or from none, and tokens that follow a filled cache are generated.
 
-        On a FastsaeError what was set before stays.
+        When it raises, what was set before stays.
         """
         if self._host is None:
             raise FastsaeError("handle: it is detached; call fastsae.attach again")
@@ -68,7 +68,7 @@ class SteeringHandle:
         try:
             for hook, site in self.sites.items():
                 site.set(rows[hook])
-        except FastsaeError:
+        except Exception:
             for hook, site in self.sites.items():
                 site.set(before[hook])
             raise
@@ -132,8 +132,8 @@ def attach(
     saes: {layer: sae}, a layer being a number (its output; its input if that is where the SAE says
     it was trained) or a hook point such as "blocks.9.hook_resid_pre"; or one SAE that knows its
     own. The max_ arguments fix the buffers of each layer: max_features · d_in · 8 bytes most of
-    it. Padding is never steered; nor is each row's first token, which carries huge norms in most
-    models, unless `first_token`.
+    it. Padding, known from the 2-D attention mask or from position ids, is never steered; nor is
+    each row's first token, which carries huge norms in most models, unless `first_token`.
 
     Attach *before* torch.compile: a compiled model is refused, because graphs ignore later hooks.
     Several handles may share a model; at one layer they apply in the order of attachment.

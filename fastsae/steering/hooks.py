@@ -36,13 +36,18 @@ class Point:
     def refresh(self) -> None:
         self.active = any(site.active for site in self.sites)
 
+    def idle(self) -> bool:
+        # torch.compile guards on what it sees a hook read, not on which hooks there are: reading
+        # the number of points makes a compiled model look again when one is added elsewhere.
+        return len(self.tracker.points) == 0 or not self.active
+
     def after(self, layer, args, output):
-        if not self.active:
+        if self.idle():
             return None
         return models.with_residual(output, self._steered(models.residual_of(output)))
 
     def before(self, layer, args, kwargs):
-        if not self.active:
+        if self.idle():
             return None
         if args:
             return (self._steered(args[0]), *args[1:]), kwargs
@@ -112,14 +117,12 @@ class Host:
 
     def unwrap(self, model: nn.Module) -> None:
         self.wrapped.remove(model)
-        if model not in self.wrapped:
-            ours = model.__dict__.get("generate")
-            if hasattr(
-                ours, "_fastsae_restores"
-            ):  # else wrapped again by others: it passes through
-                del model.generate
-                if ours._fastsae_restores is not None:
-                    model.generate = ours._fastsae_restores
+        ours = model.__dict__.get("generate")
+        # If others have wrapped our wrapper since, it stays between them and passes through.
+        if model not in self.wrapped and hasattr(ours, "_fastsae_restores"):
+            del model.generate
+            if ours._fastsae_restores is not None:
+                model.generate = ours._fastsae_restores
         if not self.wrapped:
             for handle in self.removable:
                 handle.remove()
@@ -135,9 +138,7 @@ class Host:
             return  # generate compiled the forward: inside a graph there is no Python to count
         for point, site, calls in active:
             if site.active and site.calls == calls:
-                text = (
-                    f"layer {point.hook.layer} never ran in generate, so nothing was steered there"
-                )
+                text = f"layer {point.hook.layer} never ran in generate: nothing was steered there"
                 if site.required:
                     raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
                 warnings.warn(text, stacklevel=4)

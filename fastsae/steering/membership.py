@@ -7,6 +7,7 @@ the operations between two of these go through the steer op like any other.
 import torch
 from torch import Tensor
 
+from fastsae.ops.decode import decode, gather_dot
 from fastsae.ops.steer import steer
 from fastsae.sae import SAE
 from fastsae.steering.lower import fetch_rows, lower, needs_membership
@@ -32,6 +33,12 @@ def stages(sae: SAE, policy: Policy) -> list[Policy | Amplify]:
     return parts + [Policy(plain)] if plain else parts
 
 
+def _every(rows: Tensor, x: Tensor) -> Tensor:
+    """[N, R] int32: all R rows for each row of x, as our ops (exact under autocast) want them."""
+    every = torch.arange(rows.shape[0], dtype=torch.int32, device=x.device)
+    return every.expand(x.shape[0], -1)
+
+
 class _Members:
     """amplify over the features that are among the k largest: r + σ Σ α_s a_s d_s."""
 
@@ -46,8 +53,9 @@ class _Members:
         z = self.sae.encode(r)
         member = z.indices.unsqueeze(-1) == self.features  # [N, k, features]
         acts = torch.where(member, z.values.unsqueeze(-1), 0).sum(-2)
-        coefficient = (self.alpha * acts).to(r.dtype)
-        return r + strengths.to(r.dtype).unsqueeze(-1) * (coefficient @ self.dec.to(r.dtype))
+        coefficient = self.alpha.to(r.dtype) * acts.to(r.dtype)
+        delta = decode(coefficient, _every(self.dec, r), self.dec.to(r.dtype))
+        return r + strengths.to(r.dtype).unsqueeze(-1) * delta
 
 
 class _Gate:
@@ -56,7 +64,7 @@ class _Gate:
         self.enc, self.bias, self.above = rows.enc.to(device), rows.bias.to(device), gate.above
 
     def __call__(self, x: Tensor) -> Tensor:
-        h = x @ self.enc.to(x.dtype).T + self.bias.to(x.dtype)
+        h = gather_dot(x, self.enc.to(x.dtype), _every(self.enc, x)) + self.bias.to(x.dtype)
         return h.relu().mean(-1, keepdim=True) >= self.above
 
 

@@ -25,6 +25,7 @@ class Generation:
         self.batch = batch
         self.columns = columns
         self.lengths = lengths
+        self.fed = 0  # tokens so far, counted only for a cache that cannot tell its length
 
     @classmethod
     def of(cls, args: tuple, kwargs: dict) -> "Generation":
@@ -49,31 +50,45 @@ class Where:
         self.ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         self.packed = given.get("cu_seq_lens_q") is not None
         self.generation = generation
-        self.past = self._cached(given.get("past_key_values"))
+        self.untold = False
+        cache = given.get("past_key_values")
+        self.past = self._cached(given.get("cache_params") if cache is None else cache)
+        self.tokens = 0
         self._positions: Tensor | None = None
         self._real: Tensor | None = None
 
-    def _cached(self, cache) -> "int | Tensor":
-        """Tokens in the cache before this forward. A static cache counts in a tensor it updates."""
-        if cache is None or not hasattr(cache, "get_seq_length"):
-            return 0
-        lengths_known = self.generation is not None and self.generation.lengths is not None
-        if lengths_known and self.mask is None and self.ids is not None:
-            return 0  # not needed, and a static sliding cache has an int: a recompile per token
-        past = cache.get_seq_length()
+    def _cached(self, cache) -> "int | Tensor | None":
+        """Tokens in the cache before this forward, None without a cache or when nobody will ask.
+
+        A static cache counts in a tensor, which it will update in place. A recurrent state has no
+        length at all.
+        """
+        if cache is None:
+            return None
+        scope = self.generation
+        if scope is not None and scope.lengths is not None and self.mask is None:
+            if self.ids is not None:
+                return None  # a static sliding cache has an int here: a recompile per token
+        try:
+            past = cache.get_seq_length()
+        except (AttributeError, ValueError):
+            self.untold = True
+            return None if scope is None else scope.fed
         return past.clone() if isinstance(past, Tensor) else past
 
     def positions(self, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """(positions [B or 1, T], real [B, T] or None). Padding: real is False, or position 0."""
+        self.tokens = residual.shape[1]
         if self._positions is None or self._positions.device != residual.device:
             self._positions, self._real = self._locate(residual.shape[1], residual.device)
         return self._positions, self._real
 
     def _locate(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        past = self.past.to(device) if isinstance(self.past, Tensor) else self.past
+        past = self.past.to(device) if isinstance(self.past, Tensor) else self.past or 0
         if self.mask is None:
             if self.ids is not None and self.ids.shape[1] == tokens:
                 return self.ids.to(device), None
+            self._must_be_told()
             return (torch.arange(tokens, device=device) + past).unsqueeze(0), None
         real = (self.mask != 0).to(device)
         positions = real.long().cumsum(1) - 1
@@ -84,7 +99,8 @@ class Where:
         if isinstance(past, Tensor):
             here = past + torch.arange(tokens, device=device)
             return positions.index_select(1, here), real.index_select(1, here)
-        end = past + tokens if 0 < past <= columns - tokens else columns
+        known = self.past is not None and past + tokens <= columns
+        end = past + tokens if known else columns
         return positions[:, end - tokens : end], real[:, end - tokens : end]
 
     def steered(self, residual: Tensor, first_token: bool) -> Tensor:
@@ -105,11 +121,19 @@ class Where:
                 '"generated" cannot be told apart; use phase="all", or generate'
             )
         if lengths is None and self.generation is None:
-            return self.past > 0
+            self._must_be_told()
+            return self.past is not None and self.past > 0
         positions, _ = self.positions(residual)
         if lengths is None:
             lengths = self._prompt_lengths(positions, residual.shape[0])
         return positions >= lengths.to(positions.device).unsqueeze(1)
+
+    def _must_be_told(self) -> None:
+        if self.untold and self.generation is None:
+            raise FastsaeError(
+                "past_key_values: this cache does not tell how many tokens it holds; use generate, "
+                "or pass attention_mask for all tokens and set prompt_lengths"
+            )
 
     def _prompt_lengths(self, positions: Tensor, rows: int) -> Tensor:
         """[rows]: real prompt tokens of each, that is the prompt's columns less its padding."""
@@ -118,7 +142,7 @@ class Where:
             return scope.lengths.repeat_interleave(rows // scope.lengths.shape[0])
         # generate() can derive a mask from the pad token by itself. Padding is on the left, so the
         # last token's position tells how many of the columns up to it are padding.
-        seen = self.past + positions.shape[1]
+        seen = (0 if self.past is None else self.past) + positions.shape[1]
         lengths = scope.columns - (seen - (positions.amax(1) + 1))
         if not torch.compiler.is_compiling() and seen == scope.columns:
             scope.lengths = lengths
@@ -135,14 +159,14 @@ class Tracker:
         self._names = tuple(inspect.signature(trunk.forward).parameters)
 
     def enter(self, trunk, args: tuple, kwargs: dict) -> None:
-        """Before the layers run. Looks at every point, so that torch.compile guards on them."""
-        for point in self.points:
-            if point.active:
-                given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-                self.now = Where(given, self.generation)
-                return
+        """Before the layers run: note what the hooks inside will need, if any has work to do."""
+        if any(point.active for point in self.points):
+            given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            self.now = Where(given, self.generation)
 
     def leave(self, trunk, args: tuple, output) -> None:
+        if self.now is not None and self.now.untold and self.generation is not None:
+            self.generation.fed += self.now.tokens
         self.now = None
 
     def where(self) -> Where:

@@ -52,16 +52,18 @@ class Site:
         return [policy for policy in self.rows.policies if policy is not None and policy.required]
 
     def set(self, rows: Rows) -> None:
-        """Replace the rows; on a FastsaeError they stay as they were."""
+        """Replace the rows; when that raises they stay as they were."""
         before = self.rows
         self._release()  # what was packed stays packed until its room is needed
         try:
             self._take(rows)
-        except FastsaeError:
+        except Exception:
             self._release()
             self._take(before)
             raise
 
+    @torch.inference_mode(False)  # an inference tensor could not be updated outside such a block
+    @torch.no_grad()
     def _take(self, rows: Rows) -> None:
         slots, staged = [], {}
         for row, policy in enumerate(rows.policies):
@@ -77,11 +79,10 @@ class Site:
             slots.append(slot)
         used = [policy for policy in rows.policies if policy is not None]
         phases = [0 if policy is None else PHASES.index(policy.phase) for policy in rows.policies]
-        with torch.inference_mode(False), torch.no_grad():
-            self.slots = self._fill(self.slots, slots, torch.int32)
-            self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
-            self.phases = self._fill(self.phases, phases, torch.int32)
-            self.lengths = self._fill(self.lengths, rows.lengths, torch.int64)
+        self.slots = self._fill(self.slots, slots, torch.int32)
+        self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
+        self.phases = self._fill(self.phases, phases, torch.int32)
+        self.lengths = self._fill(self.lengths, rows.lengths, torch.int64)
         self.in_table = any(slots)
         self.phased = any(policy.phase != "all" for policy in used)
         self.active = bool(used)
@@ -102,12 +103,11 @@ class Site:
         return old.copy_(new)
 
     def _move(self, device: torch.device) -> None:
-        """Follow a layer whose weights were not on its device yet (offload) when we attached."""
-        self.table.move(device)
-        rows = self.rows
+        """Follow a layer that was not where its residual is now when we attached (offloading)."""
         self._release()
+        self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
         self.slots = self.strengths = self.phases = self.lengths = None
-        self._take(rows)
+        self._take(self.rows)
 
     def apply(self, residual: Tensor, where: Where) -> Tensor:
         """The steered residual [B, T, D]: a new tensor, rows and tokens without a policy copied."""

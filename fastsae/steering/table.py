@@ -107,12 +107,6 @@ class PolicyTable:
     def device(self) -> torch.device:
         return self.buffers.enc.device
 
-    def move(self, device: torch.device) -> None:
-        """New buffers on another device, the contents kept. Not after compiling or capturing."""
-        with torch.inference_mode(False):
-            moved = {n: keep_address(t.to(device)) for n, t in self.buffers._asdict().items()}
-            self.buffers = SteerTable(**moved)
-
     def acquire(self, policy: Policy) -> int:
         """The policy's slot, packed on first use; every `acquire` needs a `release`.
 

@@ -42,32 +42,33 @@ class TrainConfig:
     temperature: float = 1.0  # of the samples
     top_p: float = 1.0  # of the samples
     ctx_len: int = 128  # tokens per sequence, BOS included
-    pack: bool = True  # several documents per sequence, see fastsae.data.tokenize
+    pack: bool | None = None  # several documents per sequence; default: for text, not for samples
     skip_positions: int = 1  # positions left out at the start of every sequence
     tokens: int | None = None  # to train on; default: epochs times the corpus
     epochs: float = 1.0  # used when tokens is None
     # The SAE
     d_sae: int | None = None  # default: expansion times the model's width
-    expansion: int = 8
-    k: int = 32
+    expansion: int = 8  # features per dimension of the residual stream, when d_sae is not given
+    k: int = 32  # active features per token
     # The loss
     loss: str = "fvu"  # or "mse": the mean over tokens of ‖x̂−x‖² / ‖x‖²
     aux_coefficient: float = 1 / 32  # weight of AuxK; 0 turns it off
     k_aux: int | None = None  # default: min(512, width / 2); at most the number of dead features
     dead_after_tokens: int | None = None  # default: a twentieth of the run, at most 10 million
+    outlier_norm: float = 5.0  # leave out tokens this many median distances from the mean; 0: none
     # The optimiser
-    lr: float | None = None  # default: 2e-4 · sqrt(16384 / d_sae)
+    lr: float | None = None  # default: by d_sae and the number of steps, see default_lr
     warmup_steps: int | None = None  # default: a twentieth of the run, at most 1000
     decay_fraction: float = 0.2  # last part of the run, over which the rate falls linearly to 0
-    batch_tokens: int = 4096
-    seed: int = 0
+    batch_tokens: int = 4096  # activations per step
+    seed: int = 0  # of everything random
     # How it runs
     model_batch_size: int | None = None  # sequences per run of the model; default: 4096 tokens
     buffer_tokens: int | None = None  # shuffle buffer; default: up to 131072 tokens and 512 MB
-    activation_cache: str | None = "auto"  # a file to keep; "auto": a temporary one if it helps
+    activation_cache: str | None = "auto"  # a file to keep; "auto": a temporary one; "none"
     cache_gb: float = 8.0  # largest "auto" cache
-    checkpoint_every: int = 500  # steps
-    log_every: int = 10  # steps
+    checkpoint_every: int = 500  # steps between checkpoints
+    log_every: int = 10  # steps between records of the log
     eval_tokens: int = 16_384  # held out for the final metrics; at most a tenth of the corpus
     stats_tokens: int = 262_144  # over which the feature statistics are measured
     dtype: str = "float32"  # of the saved weights: float32, bfloat16 or float16
@@ -81,6 +82,8 @@ class TrainConfig:
             value = (str(value),) if isinstance(value, str | Path) else tuple(map(str, value))
             object.__setattr__(self, name, value)
         object.__setattr__(self, "output", str(self.output))
+        if self.activation_cache == "none":
+            object.__setattr__(self, "activation_cache", None)
         resolve_hook(self.layer)
         if bool(self.text) == bool(self.samples):
             raise FastsaeError(
@@ -117,6 +120,7 @@ class TrainConfig:
         self._range("aux_coefficient", lambda v: v >= 0, "a number of at least 0")
         self._range("decay_fraction", lambda v: 0 <= v <= 1, "a number from 0 to 1")
         self._range("cache_gb", lambda v: v >= 0, "a number of at least 0")
+        self._range("outlier_norm", lambda v: v == 0 or v > 1, "a number above 1, or 0")
         if self.lr is not None:
             self._range("lr", lambda v: v > 0, "a positive number")
 
@@ -140,6 +144,16 @@ class TrainConfig:
         """JSON-serialisable; `TrainConfig(**d)` is the inverse."""
         record = dataclasses.asdict(self)
         return record | {"text": list(self.text), "prompts": list(self.prompts)}
+
+
+def default_lr(d_sae: int, steps: int) -> float:
+    """2e-4 · sqrt(16384 / d_sae) · max(1, sqrt(20000 / steps)), at most 3e-3.
+
+    The first factor is common practice for long runs (Gao et al. 2024); short runs need more.
+    Gemma 3 270M, layer 9, d_sae 8192, 300 steps of 2048 tokens: FVU of the last 50 steps 0.215 at
+    3e-4, 0.133 at 1e-3, 0.106 at 3e-3 (with 0, 0.03 and 6 % dead features).
+    """
+    return min(3e-3, 2e-4 * math.sqrt(16384 / d_sae) * max(1.0, math.sqrt(20_000 / steps)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +185,7 @@ class Plan:
             steps=steps,
             k_aux=c.k_aux or max(1, min(512, d_in // 2)),
             dead_after_tokens=c.dead_after_tokens or min(10_000_000, max(1, tokens // 20)),
-            lr=c.lr or 2e-4 * math.sqrt(16384 / d_sae),
+            lr=c.lr or default_lr(d_sae, steps),
             warmup_steps=min(1000, steps // 20) if warmup is None else warmup,
             decay_steps=round(c.decay_fraction * steps),
         )

@@ -1,5 +1,6 @@
 """What a finished SAE does on real activations: feature statistics, FVU, L0."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -35,7 +36,10 @@ def feature_stats(sae: SAE, batches: Iterable[Tensor]) -> FeatureStats:
 
 @torch.no_grad()
 def reconstruction(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
-    """fvu = Σ ‖x̂ − x‖² / Σ ‖x − x̄‖², l0 = active features per token, over all batches [N, D]."""
+    """fvu = Σ ‖x̂ − x‖² / Σ ‖x − x̄‖², l0 = active features per token, over all batches [N, D].
+
+    rms = √(Σ ‖x − x̄‖² / (N·D)), the centred per-dimension size of x: a unit for strengths.
+    """
     device = sae.W_enc.device
     error = square = active = 0.0
     total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
@@ -52,4 +56,6 @@ def reconstruction(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
     if not tokens:
         raise FastsaeError("batches: no activations to measure the SAE on")
     variance = square - float(total.square().sum()) / tokens
-    return {"fvu": error / max(variance, 1e-300), "l0": active / tokens, "tokens": tokens}
+    rms = math.sqrt(max(variance, 0.0) / (tokens * sae.config.d_in))
+    fvu = error / max(variance, 1e-300)
+    return {"fvu": fvu, "l0": active / tokens, "rms": rms, "tokens": tokens}

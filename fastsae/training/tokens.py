@@ -117,16 +117,18 @@ class TokenStore:
         final = Path(temporary.name) / "tokens" if temporary else directory
         draft = final.with_name(final.name + ".partial")
         shutil.rmtree(draft, ignore_errors=True)
-        with disk_errors("the token file", final):
-            draft.mkdir(parents=True)
-            offsets, digest = _write_ids(sequences, draft / "ids.bin", limit, report)
-            if len(offsets) < 2:
-                shutil.rmtree(draft)
-                raise FastsaeError("text: the corpus is empty: it holds no token")
-            np.save(draft / "offsets.npy", np.asarray(offsets, dtype=np.int64))
-            record = {"digest": digest, "sequences": len(offsets) - 1, "tokens": offsets[-1]}
-            (draft / "about.json").write_text(json.dumps((about or {}) | record, indent=1))
-            replace_directory(draft, final)
+        try:
+            with disk_errors("the token file", final):
+                draft.mkdir(parents=True)
+                offsets, digest = _write_ids(sequences, draft / "ids.bin", limit, report)
+                if len(offsets) < 2:
+                    raise FastsaeError("text: the corpus is empty: it holds no token")
+                np.save(draft / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+                record = {"digest": digest, "sequences": len(offsets) - 1, "tokens": offsets[-1]}
+                (draft / "about.json").write_text(json.dumps((about or {}) | record, indent=1))
+                replace_directory(draft, final)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # what a failure leaves would fill the disk
         return cls(final, temporary)
 
     def kept(self, special: list[int], skip_positions: int) -> np.ndarray:

@@ -76,11 +76,27 @@ class Trainer:
     Training happens in the space of s·x, where s is the power of two for which the mean norm of
     s·(x − x̄) is nearest to √D: the learning rate then does not depend on the model, and `export`
     folds s into the biases without rounding. float32 throughout.
+
+    Activations further from the mean than outlier_norm medians of that distance are left out
+    everywhere. In Gemma 3 270M such attention sinks are one token in 2500, up to 41 medians out at
+    layer 9 with 31 % of the variance, 6 to 10 medians out at layer 14; no other token exceeds 3.
     """
 
-    def __init__(self, plan: Plan, k: int, *, loss: str, aux_coefficient: float, seed: int, device):
+    def __init__(
+        self,
+        plan: Plan,
+        k: int,
+        *,
+        loss: str = "fvu",
+        aux_coefficient: float = 1 / 32,
+        outlier_norm: float = 0.0,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):
         self.plan, self.k, self.loss, self.aux_coefficient = plan, k, loss, aux_coefficient
-        self.steps_done, self.scale = 0, 0.0
+        self.outlier_norm = outlier_norm
+        self.steps_done, self.scale, self.limit = 0, 0.0, math.inf
+        self.centre = torch.zeros(plan.d_in, device=device)
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randn(plan.d_sae, plan.d_in, generator=generator)
         rows = torch.nn.functional.normalize(rows, dim=-1).to(device)
@@ -100,18 +116,28 @@ class Trainer:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def start(self, rows: Tensor) -> None:
-        """Choose the scale, and the mean as b_dec, from a sample of activations [n, D]."""
-        mean = rows.double().mean(0)
-        norm = float((rows - mean).norm(dim=-1).mean())
+        """Choose the scale, the mean as b_dec, and the outlier limit from activations [n, D]."""
+        self.centre = rows.double().mean(0).float()
+        if self.outlier_norm:
+            self.limit = self.outlier_norm * float((rows - self.centre).norm(dim=-1).median())
+            self.centre = self.typical(rows).double().mean(0).float()
+        norm = float((self.typical(rows) - self.centre).norm(dim=-1).mean())
         if not norm > 0:
             raise FastsaeError("text: all activations are equal; give more, and more varied, text")
         self.scale = 2.0 ** round(math.log2(math.sqrt(rows.shape[1]) / norm))
         with torch.no_grad():
-            self.weights["b_dec"].copy_(mean * self.scale)
+            self.weights["b_dec"].copy_(self.centre * self.scale)
+
+    def typical(self, x: Tensor) -> Tensor:
+        """The rows of x [N, D] that are no outliers."""
+        if self.limit == math.inf:
+            return x
+        keep = (x - self.centre).norm(dim=-1) <= self.limit
+        return x if bool(keep.all()) else x[keep]
 
     def step(self, x: Tensor) -> None:
         """One step on raw activations x [N, D] float32."""
-        w = self.weights
+        x, w = self.typical(x), self.weights
         dead = (self.idle > self.plan.dead_after_tokens).nonzero()[:, 0]
         loss = sae_loss(
             x * self.scale,
@@ -150,13 +176,16 @@ class Trainer:
         error, variance, active, tokens = self._sums.tolist()
         self._sums.zero_()
         dead = float((self.idle > self.plan.dead_after_tokens).double().mean())
+        self._check_finite(error)
+        tokens = max(tokens, 1.0)
+        return {"fvu": error / max(variance, 1e-300), "l0": active / tokens, "dead": dead}
+
+    def _check_finite(self, error: float) -> None:
         if not math.isfinite(error):
             raise FastsaeError(
                 f"lr: the loss became {error} by step {self.steps_done}; use a lower rate than "
                 f"{self.plan.lr:.3g}, or a longer warmup_steps than {self.plan.warmup_steps}"
             )
-        tokens = max(tokens, 1.0)
-        return {"fvu": error / max(variance, 1e-300), "l0": active / tokens, "dead": dead}
 
     def export(self, config: SAEConfig, device: torch.device | str | None = None) -> SAE:
         """The SAE for raw activations: W as they are, b_enc / s and b_dec / s (exact: s = 2ⁿ)."""
@@ -174,10 +203,14 @@ class Trainer:
         return sae.to(device) if device is not None else sae
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on; a run that diverged has no state worth keeping."""
+        self._check_finite(float(self._sums[0]))
         state = self.adam.state_dict()["state"]
         return {
             "steps_done": self.steps_done,
             "scale": self.scale,
+            "limit": self.limit,
+            "centre": self.centre,
             "weights": {name: t.detach() for name, t in self.weights.items()},
             "adam": {str(i): dict(moments) for i, moments in state.items()},
             "idle": self.idle,
@@ -186,6 +219,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps_done, self.scale = int(state["steps_done"]), float(state["scale"])
+        self.limit, self.centre = float(state["limit"]), state["centre"].to(self.idle.device)
         with torch.no_grad():
             for name, tensor in self.weights.items():
                 tensor.copy_(state["weights"][name])

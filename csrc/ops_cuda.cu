@@ -1,0 +1,93 @@
+// CUDA bindings: the decode leaf, on torch's stable ABI. Built by setup.py with FASTSAE_BUILD=cuda.
+// To compile without a CUDA build of torch or a GPU
+// (TORCH=.venv/lib/python3.11/site-packages/torch):
+//   nvcc -c csrc/ops_cuda.cu -o /dev/null -O3 -std=c++20 -DUSE_CUDA -Xptxas -v
+//     -DTORCH_TARGET_VERSION=0x020b000000000000 -I$TORCH/include
+//     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "decode.cuh"
+
+namespace fastsae {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Value, class Weight, class Out>
+void launch(const Tensor& values, const Tensor& indices, const Tensor& W, const float* bias,
+            const Tensor& out) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(W.get_device_index(), &stream));
+  decode_rows_cuda<Value, Weight, Out>(
+      {(const Value*)values.const_data_ptr(), (const int32_t*)indices.const_data_ptr(),
+       (const Weight*)W.const_data_ptr(), bias, (Out*)out.mutable_data_ptr(), values.size(0),
+       values.size(1), W.size(0), W.size(1)},
+      (cudaStream_t)stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+auto with_type(const Tensor& t, const char* name, F f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f((float*)nullptr);
+    case ScalarType::BFloat16:
+      return f((__nv_bfloat16*)nullptr);
+    case ScalarType::Half:
+      return f((__half*)nullptr);
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+void check(const Tensor& t, const char* name, int64_t dims, int32_t device) {
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, name,
+                  ": expected a tensor on the device of W");
+  STD_TORCH_CHECK(t.dim() == dims && t.is_contiguous(), name, ": expected ", dims,
+                  " contiguous dimensions");
+}
+
+Tensor decode_rows(const Tensor& values, const Tensor& indices, const Tensor& W,
+                   const std::optional<Tensor>& bias) {
+  const int32_t device = W.get_device_index();
+  check(W, "W", 2, device);
+  check(values, "values", 2, device);
+  check(indices, "indices", 2, device);
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Int && indices.size(0) == values.size(0) &&
+                      indices.size(1) == values.size(1),
+                  "indices: expected int32 and the shape of values");
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const ScalarType same = values.scalar_type();
+  const ScalarType type = same == W.scalar_type() ? same : ScalarType::Float;
+  Tensor out = torch::stable::new_empty(values, {values.size(0), W.size(1)}, type);
+  std::optional<Tensor> wide;
+  if (bias) {
+    check(*bias, "b", 1, device);
+    STD_TORCH_CHECK(bias->size(0) == W.size(1), "b: expected one entry per column of W");
+    wide = torch::stable::to(*bias, ScalarType::Float);
+  }
+  const float* b = wide ? (const float*)wide->const_data_ptr() : nullptr;
+  with_type(values, "values", [&](auto* v) {
+    with_type(W, "W", [&](auto* w) {
+      using Value = std::remove_pointer_t<decltype(v)>;
+      using Weight = std::remove_pointer_t<decltype(w)>;
+      // Different types promote to float32.
+      using Out = std::conditional_t<std::is_same_v<Value, Weight>, Value, float>;
+      launch<Value, Weight, Out>(values, indices, W, b, out);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace fastsae
+
+STABLE_TORCH_LIBRARY_IMPL(fastsae, CUDA, m) {
+  m.impl("_decode_rows", TORCH_BOX(&fastsae::decode_rows));
+}

@@ -1,0 +1,85 @@
+"""benchmarks/gpu_compile.py: no kernel is forgotten, spills are seen, a kernel does compile."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def gpu_compile():
+    path = ROOT / "benchmarks" / "gpu_compile.py"
+    spec = importlib.util.spec_from_file_location("gpu_compile", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def jit_functions(path):
+    return [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+
+
+def test_every_kernel_has_a_compile_case(gpu_compile):
+    checked = 0
+    for path in (ROOT / "kernels").glob("*.py"):
+        functions = jit_functions(path)
+        launched = set(re.findall(r"^\s*(\w+)\[\w*\(?", path.read_text(), re.M))
+        for function in functions:
+            # `_x_kernel` is what a launcher starts; other jit functions are inlined into those.
+            entry = function.name.endswith("_kernel")
+            assert entry or function.name not in launched, f"{function.name}: name it _..._kernel"
+        entries = {f.name for f in functions if f.name.endswith("_kernel")}
+        if entries:
+            covered = {case[0].__name__ for case in gpu_compile.cases(path.stem)}
+            assert covered == entries, f"kernels/{path.name}: AOT covers {covered}"
+            checked += len(entries)
+    assert checked >= 10
+
+
+def test_cases_name_every_argument(gpu_compile):
+    """A misspelt or missing argument would compile another kernel than the one launched."""
+    for stem in gpu_compile.stems():
+        functions = jit_functions(ROOT / "kernels" / f"{stem}.py")
+        arguments = {f.name: [a.arg for a in f.args.args] for f in functions}
+        for kernel, signature, constexprs, options in gpu_compile.cases(stem):
+            given = [*signature, *constexprs]
+            assert sorted(given) == sorted(arguments[kernel.__name__]), kernel.__name__
+            assert options["num_warps"] in (1, 2, 4, 8, 16, 32)
+
+
+def test_spills_are_seen(gpu_compile):
+    assert gpu_compile.spills("  /*0010*/  STL [R1], R6 ;\n  /*0020*/ LDL.LU R7, [R1] ;\n") == 2
+    assert gpu_compile.spills("  /*0010*/  LDG.E R6, [R2] ;\n  /*0020*/ STS [R1], R6 ;\n") == 0
+    log = """ptxas info    : Compiling entry function '_Z3addPf' for 'sm_80'
+ptxas info    : Function properties for _Z3addPf
+    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 8 bytes cumulative stack size, 1024 bytes smem
+"""
+    wanted = {"kernel": "_Z3addPf", "registers": 32, "shared_bytes": 1024, "spills": 16}
+    assert gpu_compile.parse_ptxas(log) == [wanted]
+    with pytest.raises(RuntimeError, match="cuobjdump"):
+        gpu_compile.resources("nothing")
+
+
+def test_one_kernel_compiles(tmp_path):
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu_compile.py")]
+    command += ["--only", "decode", "--arch", "90", "--csv", str(tmp_path / "report.csv")]
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "_gather_dot_kernel" in result.stdout and "0 failures" in result.stdout
+    header = (tmp_path / "report.csv").read_text().splitlines()[0]
+    assert header.startswith("kernel,case,arch,registers,shared_bytes,spills")

@@ -1,0 +1,100 @@
+"""The package as it is installed: names, places, versions, and life without the extension."""
+
+import doctest
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fastsae
+
+ROOT = Path(fastsae.__file__).resolve().parent.parent
+CHECKOUT = (ROOT / "pyproject.toml").exists()
+
+
+def run(code: str, directory: Path, *flags: str, **environment: str):
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("FASTSAE_", "PYTHONPATH"))
+    }
+    return subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        cwd=directory,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_kernels_is_not_ours_at_the_top_level():
+    """`kernels` is Hugging Face's package: ours on sys.path would switch its kernels off."""
+    spec = importlib.util.find_spec("kernels")
+    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    assert spec is None or any(str(spec.origin).startswith(place) for place in places), (
+        "the repository root is on sys.path: run `pytest`, not `python -m pytest`"
+    )
+
+
+def test_kernels_refuses_its_bare_name():
+    if not CHECKOUT:
+        pytest.skip("not a checkout")
+    done = run("import kernels", ROOT)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: import fastsae.kernels")
+
+
+def test_fastsae_kernels_is_importable_where_triton_is():
+    assert importlib.util.find_spec("fastsae.kernels") is not None
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed (pip install triton)")
+    from fastsae.ops import backend
+
+    stems = {stem for stem, _leaves in backend.OPS.values()}
+    code = f"import importlib; [importlib.import_module('fastsae.kernels.' + s) for s in {stems}]"
+    done = run(code, Path.home(), "-P")
+    assert done.returncode == 0, done.stderr
+    for op in backend.OPS:
+        assert callable(backend.implementation(op, "triton"))
+
+
+def test_another_directory_and_no_extension(tmp_path):
+    """With FASTSAE_BACKEND=reference nothing compiled is loaded, and everything works."""
+    code = (
+        "import torch, fastsae; from fastsae.ops import extension;"
+        "extension.torch.ops.load_library = None;"  # loading anything would be a TypeError
+        "sae = fastsae.SAE(fastsae.SAEConfig(8, 16, 'jumprelu'));"
+        "assert sae(torch.randn(3, 8)).shape == (3, 8); print(fastsae.__file__)"
+    )
+    done = run(code, tmp_path, "-P", FASTSAE_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == Path(fastsae.__file__)
+
+
+def test_one_version():
+    assert importlib.metadata.version("fastsae-engine") == fastsae.__version__
+    if CHECKOUT:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        assert project["project"]["version"] == fastsae.__version__
+        assert not [r for r in project["build-system"]["requires"] if r.startswith("torch")]
+
+
+@pytest.mark.parametrize("stem", ["topk", "encode", "decode", "mi"])
+def test_the_examples_of_the_docstrings(stem):
+    module = importlib.import_module(f"fastsae.ops.{stem}")
+    failed, tried = doctest.testmod(module)
+    assert tried > 0 and failed == 0
+
+
+def test_everything_public_is_there():
+    for name in fastsae.__all__:
+        assert getattr(fastsae, name) is not None
+    for name in fastsae.ops.__all__:
+        assert callable(getattr(fastsae.ops, name))
+    assert callable(fastsae.explain) and callable(fastsae.train)
