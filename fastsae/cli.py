@@ -15,8 +15,10 @@ from fastsae.errors import FastsaeError
 def main(argv: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2, no traceback."""
     args = _parser().parse_args(argv)
+    from fastsae.environment import keep_freed_memory
     from fastsae.ops import BackendError
 
+    keep_freed_memory()
     try:
         args.run(args)
     except (FastsaeError, BackendError) as error:
@@ -85,13 +87,15 @@ def _demo(commands) -> None:
     )
     parser.add_argument("--output", default="demo-report", help="folder of the report")
     parser.add_argument("--sae", help="another SAE folder (default: the shipped one)")
+    parser.add_argument("--topics", help="another file of topics, prompts and settings (JSON)")
     parser.add_argument("--seed", type=int, default=0, help="of every sampled token (default 0)")
 
 
 def _run_demo(args) -> None:
-    from fastsae.demo.run import SHIPPED_SAE, run
+    from fastsae.demo.run import run
 
-    result = run(args.output, sae=args.sae or SHIPPED_SAE, seed=args.seed, as_json=args.json)
+    given = {name: getattr(args, name) for name in ("sae", "topics") if getattr(args, name)}
+    result = run(args.output, seed=args.seed, as_json=args.json, **given)
     if args.json:
         _print_json(result)
 

@@ -282,6 +282,11 @@ class ActivationStream:
         self._slots = torch.arange(capacity)
         self._filled, self._cursor = 0, capacity
 
+    @property
+    def buffered(self) -> int:
+        """Rows in the buffer that were not emitted yet; grows while it is being filled."""
+        return 0 if self._rows is None else len(self._slots) - self._cursor + self._filled
+
     def _next_rows(self) -> tuple[Tensor, Tensor]:
         if self._pending is not None:
             rows, self._pending = self._pending, None

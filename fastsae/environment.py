@@ -1,5 +1,6 @@
 """What this installation is and which backend serves each op: the content of `fastsae env`."""
 
+import ctypes
 import importlib.metadata
 import platform
 import sys
@@ -26,6 +27,21 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for reuse instead of returning them to the system.
+
+    A generated token allocates logits of 100 MB and more several times over; fresh pages cost more
+    time than the arithmetic on them (measured: a third of a sampling step). No effect elsewhere.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4
+    mallopt(trim_threshold, 1 << 30)
+    mallopt(mmap_max, 0)
 
 
 def describe() -> dict[str, object]:

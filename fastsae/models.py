@@ -166,6 +166,8 @@ def load_model(
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise FastsaeError(f"device: cannot use {device!r}: {_first_line(error)}") from error
+    if name == GEMMA:
+        model.config._name_or_path = name  # what its SAEs and explanations record, not our cache
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"

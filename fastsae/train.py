@@ -215,6 +215,8 @@ class _Run:
     def _loop(self, trainer: Trainer, stream: ActivationStream, signals: Signals) -> None:
         c, plan = self.config, trainer.plan
         log = Log(self.output / "train_log.jsonl", trainer.steps_done)
+        if not trainer.scale:
+            trainer.start(self._first_rows(stream, signals))
         first, began = trainer.steps_done, time.monotonic()
         start = first * c.batch_tokens
         with Progress(
@@ -222,8 +224,6 @@ class _Run:
         ) as bar:
             if first:
                 bar.say(f"resumed at step {first} of {plan.steps}")
-            if not trainer.scale:
-                trainer.start(stream.peek(_START_ROWS))
             while (step := trainer.steps_done) < plan.steps:
                 lr = plan.lr_at(step)
                 trainer.step(next(stream))
@@ -245,6 +245,20 @@ class _Run:
                 if step % c.checkpoint_every == 0 or step == plan.steps:
                     self._checkpoint(trainer, stream)
                 signals.check()
+
+    def _first_rows(self, stream: ActivationStream, signals: Signals) -> Tensor:
+        """The first activations; filling the buffer may take minutes, so it is shown."""
+        with Progress("filling the shuffle buffer", None, on=self.progress) as bar:
+
+            def check():
+                signals.check()
+                bar.to(stream.buffered)
+
+            stream.check = check
+            rows = stream.peek(_START_ROWS)
+            bar.to(stream.buffered)
+        stream.check = signals.check
+        return rows
 
     def _checkpoint(self, trainer: Trainer, stream: ActivationStream) -> None:
         if trainer.steps_done in steps(self.checkpoints):

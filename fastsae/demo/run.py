@@ -25,18 +25,33 @@ FOLD, RANDOM_FOLD, PERPLEXITY_RATIO, TOPICS = 5.0, 1.5, 2.0, 8
 _AT_ONCE = 5  # conditions generated in one batch
 
 
-def load_topics() -> dict[str, Any]:
-    """The topics, prompts and settings of the demo, fixed in advance in topics.json."""
-    return json.loads((HERE / "topics.json").read_text(encoding="utf-8"))
+def load_topics(path: Path = HERE / "topics.json") -> dict[str, Any]:
+    """Topics, prompts and settings: by default those of the demo, fixed in advance."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for topic in found["topics"]:
+            both = set(topic["search"]) & set(topic["held_out"])
+            if both:
+                raise FastsaeError(f"topics: {path}: {sorted(both)} are searched and held out")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FastsaeError):
+            raise
+        raise FastsaeError(
+            f"topics: cannot read {path}: {type(error).__name__}: {error}; it needs the fields of "
+            f"{HERE / 'topics.json'}"
+        ) from error
+    return found
 
 
 class Demo:
     """The steps of the demo in order; `result` is the content of demo.json."""
 
-    def __init__(self, output: Path, *, sae: Path, model: str, seed: int, quiet: bool):
+    def __init__(
+        self, output: Path, *, sae: Path, model: str, topics: Path, seed: int, quiet: bool
+    ):
         self.output, self.sae_path, self.model_name, self.seed = output, sae, model, seed
         self.stream = sys.stderr if quiet else sys.stdout
-        self.setup = load_topics()
+        self.setup = load_topics(topics)
         self.topics: list[dict[str, Any]] = self.setup["topics"]
         self.timings: dict[str, float] = {}
         self.result: dict[str, Any] = {"seed": seed, "timings_s": self.timings}
@@ -103,6 +118,7 @@ class Demo:
                 min_frequency=selection["min_frequency"],
             )  # fmt: skip
             topic["features"] = [feature for feature, _ in found]
+            topic["scores"] = [score for _, score in found]
 
     def activations(self) -> None:
         from fastsae.data import texts
@@ -129,16 +145,16 @@ class Demo:
                 self.say(f"      {t['value']:7.1f}  {line}")
         self.result["histogram"] = histograms(self.sae.stats)
 
-    def policy(self, name: str, features: list[int]) -> Policy:
-        """Add the features, in proportion to their mean activations, strength_sigma · σ in norm.
+    def policy(self, name: str, features: list[int], weights: list[float]) -> Policy:
+        """Add Σ w_f·mean_f·d_f over the features, rescaled to the norm strength_sigma·σ.
 
-        σ is the centred per-dimension RMS of the residual stream, measured by the training.
+        mean_f is the feature's mean activation, d_f its decoder row and σ the centred per-dimension
+        RMS of the residual stream, both measured by the training.
         """
-        mean = self.sae.stats.mean[features]
-        delta = (mean[:, None] * self.sae.W_dec[features].detach()).sum(0)
+        strengths = self.sae.stats.mean[features] * torch.tensor(weights)
+        delta = (strengths[:, None] * self.sae.W_dec[features].detach()).sum(0)
         size = self.setup["strength_sigma"] * self.sae.config.metadata["metrics"]["rms"]
-        strengths = (mean * size / delta.norm()).tolist()
-        return Policy([add(features, strengths)], name=name)
+        return Policy([add(features, (strengths * size / delta.norm()).tolist())], name=name)
 
     def conditions(self) -> dict[str, Policy | None]:
         """No steering, a policy per topic, and random features.
@@ -147,7 +163,9 @@ class Demo:
         of the search words of any topic among their words: a feature about the topic is no control.
         """
         found: dict[str, Policy | None] = {"base": None}
-        found |= {t["name"]: self.policy(t["name"], t["features"]) for t in self.topics}
+        found |= {
+            t["name"]: self.policy(t["name"], t["features"], t["scores"]) for t in self.topics
+        }
         selection = self.setup["selection"]
         free = self.sae.stats.frequency >= selection["min_frequency"]
         for t in self.topics:
@@ -158,7 +176,8 @@ class Demo:
         for i in range(self.setup["random_draws"]):
             picked = pool[torch.randperm(len(pool), generator=generator)]
             features = picked[: selection["features"]].tolist()
-            found[f"random {i}"] = self.policy(f"random {i}", features)
+            weights = [1.0] * len(features)
+            found[f"random {i}"] = self.policy(f"random {i}", features, weights)
         return found
 
     def steer(self) -> None:
@@ -311,8 +330,11 @@ def run(
     *,
     sae: str | Path = SHIPPED_SAE,
     model: str = GEMMA,
+    topics: str | Path = HERE / "topics.json",
     seed: int = 0,
     as_json: bool = False,
 ) -> dict[str, Any]:
     """Run the demo; writes report.html, demo.json and explanations.safetensors into `output`."""
-    return Demo(Path(output), sae=Path(sae), model=model, seed=seed, quiet=as_json).run()
+    return Demo(
+        Path(output), sae=Path(sae), model=model, topics=Path(topics), seed=seed, quiet=as_json
+    ).run()

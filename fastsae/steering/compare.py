@@ -1,8 +1,8 @@
 """The same prompt and random numbers, without and with a policy."""
 
 import torch
-from fastsae.steering.hf import steer
 
+from fastsae.steering.hf import steer
 from fastsae.steering.policy import Policy
 
 
