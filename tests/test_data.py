@@ -23,7 +23,9 @@ WORDS = 50
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quick(monkeypatch):
+    """One thread, because the tensors are tiny; no fsync, because no test can see its effect."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -27,7 +27,9 @@ WORDS, D, F, K = 40, 16, 48, 4
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def quick(monkeypatch):
+    """One thread, because the tensors are tiny; no fsync, because no test can see its effect."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

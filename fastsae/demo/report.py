@@ -195,10 +195,11 @@ def _histogram(data: dict, label: str) -> str:
             f'<rect x="{10 + i * step:.1f}" y="{height - tall + 4:.1f}" width="{step - 1.5:.1f}" '
             f'height="{tall:.1f}" fill="#2f6fde"><title>{count} features</title></rect>'
         )
-    for i in range(0, len(edges), max(1, len(edges) // 6)):
+    for i in range(0, len(edges), max(1, len(edges) // 5)):
+        anchor = "start" if i == 0 else "middle"
+        shown = f"{edges[i]:.0f}" if abs(edges[i]) >= 100 else f"{edges[i]:.2g}"
         out.append(
-            f'<text x="{10 + i * step:.1f}" y="{height + 20}" text-anchor="middle">'
-            f"{edges[i]:.3g}</text>"
+            f'<text x="{10 + i * step:.1f}" y="{height + 20}" text-anchor="{anchor}">{shown}</text>'
         )
     out.append(f'<text x="{width / 2}" y="{height + 40}" text-anchor="middle">{esc(label)}</text>')
     return "".join(out) + "</svg>"
