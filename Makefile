@@ -16,7 +16,7 @@ help:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) setuptools wheel ninja pybind11
+	$(PIP) setuptools wheel ninja
 	@touch $@
 
 CSRC := setup.py pyproject.toml MANIFEST.in $(wildcard csrc/*)

@@ -24,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     except (FastsaeError, BackendError) as error:
         print(f"fastsae {args.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"fastsae {args.command}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"fastsae {args.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
@@ -154,7 +154,7 @@ def _run_train(args) -> None:
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     sae = train(TrainConfig(**given))
     if args.json:
-        _print_json({"output": args.output, **sae.config.metadata.get("training", {})})
+        _print_json({"output": args.output, **sae.config.metadata["metrics"]})
 
 
 # --- explain, search -----------------------------------------------------------------------------
