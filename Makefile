@@ -15,7 +15,7 @@ help:
 # torch comes first and alone: everything after it must find the pinned one and not fetch another.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) $(shell grep ^torch== constraints.txt)
 	$(PIP) setuptools wheel ninja
 	@touch $@
 

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_check.sh [NAME] [DIRECTORY]
 #
-# Needs torch with CUDA, Triton, nvcc, setuptools, pybind11 and pytest in the python3 on PATH (or in
+# Needs torch with CUDA, Triton, nvcc, setuptools, ninja, numpy, safetensors and pytest in the python3 on PATH (or in
 # $PYTHON); fetches nothing. Writes DIRECTORY/gpu-NAME.csv (default: the GPU's name, benchmarks/results).
 # Every phase has its own time limit; a phase that fails does not stop the next, and the summary at the
 # end says what each one did. The exit status is 0 only if all passed.

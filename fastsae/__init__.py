@@ -10,6 +10,7 @@ from fastsae.errors import FastsaeError
 # `explain` and `train` are functions here and names of submodules: importing them now binds the
 # functions last, and modules are always imported as `from fastsae.explain.mi import ...`.
 from fastsae.explain import Explanations, Vocabulary, explain
+from fastsae.ops import BackendError
 from fastsae.sae import SAE, FeatureStats, Latents, SAEConfig
 from fastsae.steering import (
     Policy,
@@ -27,6 +28,7 @@ from fastsae.train import TrainConfig, train
 __version__ = "0.1.0"
 __all__ = [
     "SAE",
+    "BackendError",
     "Explanations",
     "FastsaeError",
     "FeatureStats",

@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 
+from fastsae import __version__
 from fastsae.errors import FastsaeError
 
 
@@ -16,12 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2, no traceback."""
     args = _parser().parse_args(argv)
     from fastsae.environment import keep_freed_memory
-    from fastsae.ops import BackendError
 
     keep_freed_memory()
     try:
         args.run(args)
-    except (FastsaeError, BackendError) as error:
+    except FastsaeError as error:
         print(f"fastsae {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -33,11 +33,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, not the usage of every option before it."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastsae", description="Explain and steer language models through sparse autoencoders."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fastsae {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Parser
+    )
     for add in (_demo, _train, _explain, _search, _generate, _inspect, _env):
         add(commands)
     return parser
@@ -188,6 +197,9 @@ def _run_explain(args) -> None:
 
     size = args.vocabulary
     vocab = Vocabulary.default(int(size)) if size.isdecimal() else Vocabulary.from_file(size)
+    temperature = _temperature(args.temperature)
+    if args.top < 1:
+        raise FastsaeError(f"top: got {args.top}, expected a positive integer")
     sae = SAE.from_pretrained(args.sae, args.sae_id)
     model, tokenizer = _load_model(args)
     explanations = explain(
@@ -197,7 +209,7 @@ def _run_explain(args) -> None:
         vocab,
         objective=args.objective,
         top=args.top,
-        temperature=_temperature(args.temperature),
+        temperature=temperature,
     )
     if args.output:
         saved = explanations.save(args.output)
@@ -281,6 +293,9 @@ def _generate(commands) -> None:
     parser.add_argument(
         "--unit", default="max", choices=("raw", "max", "mean"), help="of --add (default max)"
     )
+    parser.add_argument(
+        "--layer", type=_int_or_str, help="layer or hook point (default: the SAE's own)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=60)
     parser.add_argument("--greedy", action="store_true", help="do not sample")
     parser.add_argument("--seed", type=int, default=0)
@@ -303,6 +318,7 @@ def _run_generate(args) -> None:
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         sample=not args.greedy,
+        layer=args.layer,
     )
     if args.json:
         _print_json({"prompt": args.prompt, "base": base, "steered": steered})

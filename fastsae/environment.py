@@ -50,7 +50,10 @@ def describe() -> dict[str, object]:
     ops = {}
     for device in devices:
         for op in backend.OPS:
-            choice = backend.choose(op, torch.empty(0, device=device))
+            try:
+                choice = backend.choose(op, torch.empty(0, device=device))
+            except backend.BackendError as error:  # forced by FASTSAE_BACKEND, and impossible
+                choice = backend.Choice("none", str(error))
             others = {
                 name: backend.unavailable(op, name, device) or "available"
                 for name in backend.BACKENDS

@@ -367,5 +367,7 @@ def train(
     if model is None:
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = config.model_dtype or ("float32" if device == "cpu" else "bfloat16")
+        if config.text:
+            text_files(config.text)  # a missing file need not wait for the model to load
         model, tokenizer = load_model(config.model, dtype=dtype, device=device)
     return _Run(config, model, tokenizer, progress, on_log).train()

@@ -52,6 +52,9 @@ def test_help_of_train_documents_every_field(capsys):
         (["train", "--layer", "1", "--output", "x", "--samples", "10", "--k", "0"], "k: got 0"),
         (["generate", "s", "--prompt", "a", "--ablate", "1", "--strength", "2"], "strength"),
         (["generate", "s", "--prompt", "a", "--policy", "/nowhere.json"], "/nowhere.json"),
+        (["explain", "s", "--temperature", "warm"], "temperature: got 'warm'"),
+        (["explain", "s", "--top", "0"], "top: got 0"),
+        (["demo", "--topics", "/nowhere.json", "--output", "/tmp"], "/nowhere.json"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(argv, says, capsys):
@@ -62,11 +65,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, says, capsys):
     assert captured.err.startswith(f"fastsae {argv[0]}: ")
 
 
-def test_unknown_command_exits_2(capsys):
+@pytest.mark.parametrize("argv", [["explode"], ["generate", "s", "--prompt", "a"], ["train"]])
+def test_wrong_arguments_are_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["explode"])
+        main(argv)
     assert stop.value.code == 2
-    assert "explode" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--help" in err
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"topics": []}, {"selection": {}}, {"prompts": []}, {"topics": [{"name": "a"}]}],
+)
+def test_a_broken_topics_file_is_refused_before_the_model_loads(broken, tmp_path, capsys):
+    from fastsae.demo.run import load_topics
+
+    path = tmp_path / "topics.json"
+    path.write_text(json.dumps(load_topics() | broken))
+    assert main(["demo", "--topics", str(path), "--output", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"fastsae demo: topics: {path}") or str(path) in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
 
 
 def test_no_traceback_from_the_installed_command(tmp_path):
@@ -106,3 +128,11 @@ def test_env_names_a_backend_and_a_reason_for_every_op(capsys):
     assert main(["env"]) == 0
     text = capsys.readouterr().out
     assert all(op in text for op in backend.OPS)
+
+
+def test_env_says_why_a_forced_backend_is_impossible(capsys, monkeypatch):
+    monkeypatch.setenv("FASTSAE_BACKEND", "warp")
+    assert main(["env", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["ops"]["cpu"]["topk"]
+    assert row["name"] == "none"
+    assert "warp" in row["reason"]

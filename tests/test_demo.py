@@ -9,6 +9,7 @@ import torch
 import fastsae
 from fastsae.demo import effect, report
 from fastsae.demo.run import SHIPPED_SAE, histograms, load_topics, passes
+from fastsae.steering.compare import compare
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,22 @@ def test_steering_towards_a_word_raises_its_mass(model, tokenizer):
     assert torch.equal(mixed.mass[:2], alike.mass[:2]), "a row without a policy changed"
     assert mixed.mass[2:].mean() > 2 * base.mass.mean()
     assert draw(model, tokenizer, ids).texts == base.texts, "the hook was left behind"
+
+
+def test_compare_is_fair_and_refuses_nothing_to_write(model, tokenizer):
+    sae = fastsae.SAE(fastsae.SAEConfig(d_in=32, d_sae=16, k=2, hook_name="layers.1.output"))
+    nothing, strong = (
+        fastsae.Policy([fastsae.add([5], 0.0)]),
+        fastsae.Policy([fastsae.add([5], 90.0)]),
+    )
+    base, steered = compare(model, tokenizer, sae, nothing, "I went", max_new_tokens=8, seed=1)
+    assert base == steered, "the same random numbers"
+    assert compare(model, tokenizer, sae, strong, "I went", max_new_tokens=8, seed=1)[0] == base
+    assert compare(model, tokenizer, sae, strong, "I went", max_new_tokens=8, seed=1)[1] != base
+    with pytest.raises(fastsae.FastsaeError, match="max_new_tokens: got 0"):
+        compare(model, tokenizer, sae, strong, "I went", max_new_tokens=0)
+    with pytest.raises(fastsae.FastsaeError, match="prompt: '' has no token"):
+        compare(model, tokenizer, sae, strong, "")
 
 
 def test_topics_are_fixed_and_held_out_words_are_not_searched():

@@ -288,5 +288,5 @@ def test_errors_name_the_argument_and_the_fix(encode_sample):
         assert all(word in str(error.value) for word in words), error.value
     with pytest.raises(FastsaeError, match=r"threshold: got shape \[8\], expected \[20\]"):
         ops.encode_threshold(s.x, s.W_enc, s.b_enc, torch.zeros(8))
-    with pytest.raises(FastsaeError, match="threshold: got float, expected a"):
-        ops.encode_threshold(s.x, s.W_enc, s.b_enc, 0.5)
+    with pytest.raises(FastsaeError, match="threshold: got str, expected a"):
+        ops.encode_threshold(s.x, s.W_enc, s.b_enc, "0.5")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastsae import ops
+from fastsae.errors import FastsaeError
 
 pytestmark = pytest.mark.op("encode_threshold")
 
@@ -145,3 +146,15 @@ def test_threshold_compiles_to_one_graph(encode_sample, count_compiles, device, 
         compiled, _ = count_compiles(encode)
         for got, wanted in zip(compiled(s.x), encode(s.x), strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_one_number_serves_as_threshold_and_a_missing_bias_is_named():
+    x, W, b = torch.randn(5, 8), torch.randn(12, 8), torch.randn(12)
+    whole = ops.encode_threshold(x, W, b, torch.full((12,), 0.3))
+    for given in (0.3, torch.tensor(0.3)):
+        for one, other in zip(ops.encode_threshold(x, W, b, given), whole, strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(FastsaeError, match="b_enc: got NoneType"):
+        ops.encode_threshold(x, W, None, 0.3)
+    with pytest.raises(FastsaeError, match="b_enc: got NoneType"):
+        ops.encode_topk(x, W, None, 3)

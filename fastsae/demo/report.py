@@ -55,8 +55,9 @@ def write(result: dict, path: Path) -> None:
         "<h2>What steering does</h2>",
         '<p class="note">Features are found by searching the explanations for the topic\'s search '
         "words. Bars: how much more probable the topic's <i>held-out</i> words, which the search "
-        "never saw, become at the same places of the same texts. Grey: random features at the same "
-        "norm. 'Writing': the same in the texts that the steered model writes itself.</p>",
+        "never saw, become at the same places of the same texts. Grey: the mean of "
+        "eight draws of random features at the same norm, none of which keeps a search word of any "
+        "topic. 'Writing': the same in the texts that the steered model writes itself.</p>",
         bars(result["topics"]),
         _table(result["topics"]),
         "<h2>Base and steered, same prompt and same random numbers</h2>",

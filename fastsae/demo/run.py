@@ -22,6 +22,10 @@ from fastsae.steering import Policy, add, attach
 HERE = Path(__file__).resolve().parent
 SHIPPED_SAE = HERE / "sae"
 FOLD, RANDOM_FOLD, PERPLEXITY_RATIO, TOPICS = 5.0, 1.5, 2.0, 8
+_NEEDED = {
+    "": ("strength_sigma", "random_draws", "new_tokens", "prompts", "topics", "selection"),
+    "selection": ("vocabulary", "objective", "top", "aggregate", "features", "min_frequency"),
+}
 _AT_ONCE = 5  # conditions generated in one batch
 
 
@@ -29,13 +33,20 @@ def load_topics(path: Path = HERE / "topics.json") -> dict[str, Any]:
     """Topics, prompts and settings: by default those of the demo, fixed in advance."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not found["topics"] or not found["prompts"]:
+            raise FastsaeError(f"topics: {path} has no topics or no prompts")
+        for part, names in _NEEDED.items():
+            for name in names:
+                (found[part] if part else found)[name]
         for topic in found["topics"]:
+            if not topic["name"] or not topic["search"] or not topic["held_out"]:
+                raise FastsaeError(f"topics: {path}: a topic without name, search or held_out")
             both = set(topic["search"]) & set(topic["held_out"])
             if both:
                 raise FastsaeError(f"topics: {path}: {sorted(both)} are searched and held out")
+    except FastsaeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, FastsaeError):
-            raise
         raise FastsaeError(
             f"topics: cannot read {path}: {type(error).__name__}: {error}; it needs the fields of "
             f"{HERE / 'topics.json'}"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastsae.errors import FastsaeError
+
 BACKENDS = ("reference", "native", "triton")
 _ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +38,7 @@ OPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class BackendError(RuntimeError):
+class BackendError(FastsaeError, RuntimeError):
     """A backend was asked for that cannot serve this call; the message ends with the fix."""
 
 

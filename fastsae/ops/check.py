@@ -1,6 +1,7 @@
 """Argument checks shared by the public ops: one clear error before any kernel sees a tensor."""
 
 import math
+import operator
 
 import torch
 from torch import Tensor
@@ -79,11 +80,11 @@ def same_device(**tensors: Tensor | None) -> None:
 
 
 def count(name: str, k: int, limit: int, limit_name: str) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= limit:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or not 1 <= k <= limit:
         raise FastsaeError(
             f"{name}: got {k!r}, expected an integer from 1 to {limit_name} = {limit}"
         )
-    return k
+    return operator.index(k)
 
 
 def one_of(name: str, value: str, accepted: tuple[str, ...]) -> str:

@@ -1,5 +1,7 @@
 """Sparse encoding: from residual activations to the few active latents."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -50,14 +52,14 @@ def encode_threshold(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
-    threshold: Tensor,
+    threshold: Tensor | float,
     *,
     b_dec: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h·1[h > θ_f]·1[h > 0] with h = W_enc (x − b_dec) + b_enc, as compressed sparse rows.
 
-    x [..., D], W_enc [F, D], b_enc [F], threshold θ [F] or a scalar tensor, b_dec [D] or None. The
+    x [..., D], W_enc [F, D], b_enc [F], threshold θ [F] or one number, b_dec [D] or None. The
     comparison is strict and in fp32 whatever the weights' type; NaN is kept.
     Returns values [nnz] float32, indices [nnz] int32 (ascending inside a row) and row_offsets
     [N + 1] int64 over the flattened leading dimensions of x. With θ = 0 this is a ReLU SAE.
@@ -71,6 +73,8 @@ def encode_threshold(
     [[2.0, 3.0], [0, 2], [0, 1, 2]]
     """
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
+    if isinstance(threshold, numbers.Real):
+        threshold = torch.tensor(float(threshold), device=x.device)
     check.floating("threshold", threshold)
     if threshold.dim() == 0:
         threshold = threshold.expand(W_enc.shape[0])
@@ -86,6 +90,7 @@ def _arguments(x, W_enc, b_enc, b_dec):
         raise FastsaeError(
             f"W_enc: got shape {list(W_enc.shape)}, expected a non-empty [d_sae, d_in]"
         )
+    check.floating("b_enc", b_enc)
     check.same_device(x=x, W_enc=W_enc, b_enc=b_enc, b_dec=b_dec)
     return (
         check.rows("x", x, width),
