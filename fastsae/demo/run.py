@@ -20,7 +20,7 @@ from fastsae.sae import SAE
 from fastsae.steering import Policy, add, attach
 
 HERE = Path(__file__).resolve().parent
-SHIPPED_SAE = HERE / "sae"
+SHIPPED_SAE, TOPICS_FILE = HERE / "sae", HERE / "topics.json"
 FOLD, RANDOM_FOLD, PERPLEXITY_RATIO, TOPICS = 5.0, 1.5, 2.0, 8
 _NEEDED = {
     "": ("strength_sigma", "random_draws", "new_tokens", "prompts", "topics", "selection"),
@@ -29,7 +29,7 @@ _NEEDED = {
 _AT_ONCE = 5  # conditions generated in one batch
 
 
-def load_topics(path: Path = HERE / "topics.json") -> dict[str, Any]:
+def load_topics(path: Path = TOPICS_FILE) -> dict[str, Any]:
     """Topics, prompts and settings: by default those of the demo, fixed in advance."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def load_topics(path: Path = HERE / "topics.json") -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FastsaeError(
             f"topics: cannot read {path}: {type(error).__name__}: {error}; it needs the fields of "
-            f"{HERE / 'topics.json'}"
+            f"{TOPICS_FILE}"
         ) from error
     return found
 
@@ -62,7 +62,7 @@ class Demo:
     ):
         self.output, self.sae_path, self.model_name, self.seed = output, sae, model, seed
         self.stream = sys.stderr if quiet else sys.stdout
-        self.setup = load_topics(topics)
+        self.topics_path, self.setup = topics, load_topics(topics)
         self.topics: list[dict[str, Any]] = self.setup["topics"]
         self.timings: dict[str, float] = {}
         self.result: dict[str, Any] = {"seed": seed, "timings_s": self.timings}
@@ -92,10 +92,17 @@ class Demo:
             self.activations()
         with self.step("steer ten topics and measure the effect"):
             self.steer()
-        self.result["command"] = f"fastsae demo --output {self.output} --seed {self.seed}"
+        self.result["command"] = self.command()
         self.result["summary"] = self.summary(time.perf_counter() - start)
         self.write()
         return self.result
+
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        given = {"output": self.output, "seed": self.seed}
+        given |= {"sae": self.sae_path} if self.sae_path != SHIPPED_SAE else {}
+        given |= {"topics": self.topics_path} if self.topics_path != TOPICS_FILE else {}
+        return " ".join(["fastsae demo", *(f"--{name} {value}" for name, value in given.items())])
 
     def load(self) -> None:
         self.model, self.tokenizer = load_model(self.model_name)
@@ -341,7 +348,7 @@ def run(
     *,
     sae: str | Path = SHIPPED_SAE,
     model: str = GEMMA,
-    topics: str | Path = HERE / "topics.json",
+    topics: str | Path = TOPICS_FILE,
     seed: int = 0,
     as_json: bool = False,
 ) -> dict[str, Any]:
