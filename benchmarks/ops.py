@@ -71,7 +71,9 @@ def topk_case(device: str, N: int, F: int, k: int, dtype) -> Case:
         if not name.startswith("torch"):  # torch breaks ties as it likes
             assert torch.equal(indices, wanted[1]), f"{name}: wrong indices"
 
-    call = lambda name, i: ops.topk(xs[i % copies], k, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.topk(xs[i % copies], k, backend=name)
+
     providers = served("topk", device, dtype, call)
     providers["torch"] = lambda i: torch.topk(xs[i % copies], k)
     providers["torch unsorted"] = lambda i: torch.topk(xs[i % copies], k, sorted=False)
@@ -120,7 +122,9 @@ def encode_topk_case(device: str, N: int, D: int, F: int, k: int, dtype) -> Case
         values, indices = torch.topk(e.dense(), k)
         return values.relu(), indices
 
-    call = lambda name, i: ops.encode_topk(e.x, e.W, e.b, k, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.encode_topk(e.x, e.W, e.b, k, backend=name)
+
     providers = served("encode_topk", device, dtype, call) | {"torch": by_torch}
     graphs = GRAPHS if N <= 64 else ()
     work = (e.traffic if N <= 64 else 0, e.flops, "warm", graphs, e.floors)
@@ -151,7 +155,9 @@ def encode_threshold_case(device: str, N: int, D: int, F: int, active: int, dtyp
         ends = nn.pad(keep.sum(1).cumsum(0), (1, 0))
         return h[keep], keep.nonzero()[:, 1], ends
 
-    call = lambda name, i: ops.encode_threshold(e.x, e.W, e.b, threshold, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.encode_threshold(e.x, e.W, e.b, threshold, backend=name)
+
     providers = served("encode_threshold", device, dtype, call) | {"torch": by_torch}
     work = (e.traffic if N <= 64 else 0, e.flops, "warm", (), e.floors)
     return Case("encode_threshold", e.shape, name_of(dtype), providers, check, *work)
@@ -185,7 +191,9 @@ def decode_case(device: str, N: int, D: int, F: int, k: int, dtype) -> Case:
     def by_torch(i):
         return nn.embedding_bag(c.indices, c.W, per_sample_weights=typed, mode="sum")
 
-    call = lambda name, i: ops.decode(c.values, c.indices, c.W, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.decode(c.values, c.indices, c.W, backend=name)
+
     providers = served("decode", device, dtype, call) | {"torch": by_torch}
     work = (c.traffic, 0, "warm", GRAPHS)
     return Case("decode", c.shape, name_of(dtype), providers, check, *work)
@@ -202,7 +210,9 @@ def gather_dot_case(device: str, N: int, D: int, F: int, k: int, dtype) -> Case:
         parts = zip(c.g.split(512), c.indices.split(512), strict=True)
         return torch.cat([torch.einsum("nd,nkd->nk", g, c.W[rows]) for g, rows in parts])
 
-    call = lambda name, i: ops.gather_dot(c.g, c.W, c.indices, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.gather_dot(c.g, c.W, c.indices, backend=name)
+
     providers = served("gather_dot", device, dtype, call) | {"torch": by_torch}
     return Case("gather_dot", c.shape, name_of(dtype), providers, check, c.traffic)
 
@@ -224,7 +234,9 @@ def sparse_outer_case(device: str, N: int, D: int, F: int, k: int, dtype) -> Cas
             )
         return (dW,)
 
-    call = lambda name, i: ops.sparse_outer(c.values, c.indices, c.g, F, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.sparse_outer(c.values, c.indices, c.g, F, backend=name)
+
     providers = served("sparse_outer", device, dtype, call) | {"torch": by_torch}
     # Beside the entries' rows of g, the dense float32 dW is written.
     return Case("sparse_outer", c.shape, name_of(dtype), providers, check, c.traffic + F * D * 4)
@@ -294,7 +306,9 @@ def steer_case(device: str, N: int, D: int, items: int, dtype, idle: bool = Fals
         residual = x.float()
         return (residual + torch.relu(residual @ t.enc.T) @ t.dec).to(dtype)
 
-    call = lambda name, i: ops.steer(x, slots, strengths, t, backend=name)  # noqa: E731
+    def call(name, i):
+        return ops.steer(x, slots, strengths, t, backend=name)
+
     providers = served("steer", device, dtype, call)
     providers["torch"] = (lambda i: x.clone()) if idle else by_torch
     # The residual is read and written, the packed rows are read once.

@@ -82,7 +82,7 @@ class Latents(NamedTuple):
 
 
 class FeatureStats(NamedTuple):
-    """What each feature did over `tokens` tokens of real text."""
+    """What each feature did over `tokens` tokens of text."""
 
     frequency: Tensor  # [F] float32, share of tokens on which it is active
     mean: Tensor  # [F] float32, mean activation when active (0 for a dead feature)

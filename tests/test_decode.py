@@ -204,7 +204,10 @@ def test_gradcheck(decode_sample, device):
         assert torch.autograd.gradgradcheck(decode, arguments, fast_mode=True)
     g = s.g.requires_grad_()
     assert torch.autograd.gradcheck(lambda g, W: ops.gather_dot(g, W, s.indices), (g, s.W))
-    outer = lambda values, g: ops.sparse_outer(values, s.indices, g, 9)  # noqa: E731
+
+    def outer(values, g):
+        return ops.sparse_outer(values, s.indices, g, 9)
+
     assert torch.autograd.gradcheck(outer, (s.values, g))
 
 

@@ -259,11 +259,15 @@ def test_nothing_of_size_n_f(encode_sample, largest_allocation, op, device, back
     s = encode_sample(n, 16, f, device=device)
     s.threshold += 3  # about 70 active latents a row
     if op == "encode_topk":
-        run = lambda: ops.encode_topk(s.x, s.W_enc, s.b_enc, 8, backend=backend)  # noqa: E731
+
+        def run():
+            return ops.encode_topk(s.x, s.W_enc, s.b_enc, 8, backend=backend)
+
     else:
-        run = lambda: ops.encode_threshold(  # noqa: E731
-            s.x, s.W_enc, s.b_enc, s.threshold, backend=backend
-        )
+
+        def run():
+            return ops.encode_threshold(s.x, s.W_enc, s.b_enc, s.threshold, backend=backend)
+
     assert largest_allocation(run, device) < 0.6 * n * f * 4
 
 

@@ -139,7 +139,10 @@ def test_select_writes_its_rows_only():
 
 def integer_sae(n, d, f):
     """Small integers: every fp32 sum is exact, so results must be equal, ties included."""
-    draw = lambda *shape: torch.randint(-3, 4, shape).float()  # noqa: E731
+
+    def draw(*shape):
+        return torch.randint(-3, 4, shape).float()
+
     return draw(n, d), draw(f, d), 5 * draw(f), draw(d), 3 * draw(f)
 
 
@@ -293,7 +296,10 @@ def steer_table(d):
     end = torch.tensor([[0, 0, 0], [3, 8, 13], [13, 0, 7], [5, 0, 6], [5, 5, 0]])
     scalar = torch.zeros(5, 3)
     scalar[2, 2] = 2.0
-    ints = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
     return SteerTable(
         enc=torch.randn(R, d) / d**0.5,
         bias=torch.randn(R) / 10,

@@ -187,7 +187,10 @@ def test_nothing_of_size_f_v(mi_sample, largest_allocation, device, backend):
         pytest.skip("too slow in Triton's interpreter")
     f, v = 6000 if device == "cpu" else 24000, 6000  # F·V·4 bytes = 144 MB
     s = mi_sample(f, v, 8, device=device)
-    run = lambda: ops.mi_topk(s.features, s.words, 8, backend=backend)  # noqa: E731
+
+    def run():
+        return ops.mi_topk(s.features, s.words, 8, backend=backend)
+
     assert largest_allocation(run, device) < 0.6 * f * v * 4
 
 

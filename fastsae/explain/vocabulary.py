@@ -209,7 +209,10 @@ def word_tokens(tokenizer, words: Iterable[str]) -> list[list[int]]:
     words = list(words)
     if not words:
         raise FastsaeError("words: got no word")
-    encode = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def encode(texts):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
     ids = [list(row) for row in encode([f" {word}" for word in words])]
     is_blank = _blank_test(tokenizer)
     split = [i for i, row in enumerate(ids) if len(row) > 1 and is_blank(row[0])]

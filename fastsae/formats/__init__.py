@@ -22,7 +22,7 @@ from fastsae.sae import FeatureStats, SAEConfig
 
 FAMILIES = {saelens.NAME: saelens}
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-# What no other library reads: the exact SAEConfig, and what the features did on real text.
+# What no other library reads: the exact SAEConfig, and what the features did on text.
 OURS, STATS = "fastsae.json", "fastsae_stats.safetensors"
 _STATISTICS = ("frequency", "mean", "max")
 

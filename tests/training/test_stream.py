@@ -146,7 +146,10 @@ def test_stream_resumes_bit_for_bit(model, tokenizer, store, tmp_path, cached, i
 
 def test_cached_epochs_do_not_run_the_model(model, tokenizer, store, tmp_path):
     rows = int(store.kept([0, 1], 1).sum())
-    make = lambda **key: ActivationCache(tmp_path / "a.bin", rows, 32, len(store), "float32", key)  # noqa: E731
+
+    def make(**key):
+        return ActivationCache(tmp_path / "a.bin", rows, 32, len(store), "float32", key)
+
     plain, cached = (
         stream_of(model, tokenizer, store),
         stream_of(model, tokenizer, store, cache=make(layer=1)),

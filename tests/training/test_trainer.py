@@ -27,7 +27,10 @@ def dense_topk(h, k):
 @pytest.mark.parametrize("dead", [0, 3, 20])
 def test_loss_and_every_gradient_against_a_dense_formula(kind, dead):
     torch.manual_seed(1)
-    make = lambda *shape: (torch.randn(*shape, dtype=torch.float64) / 4).requires_grad_()  # noqa: E731
+
+    def make(*shape):
+        return (torch.randn(*shape, dtype=torch.float64) / 4).requires_grad_()
+
     x = torch.randn(33, D, dtype=torch.float64) + 2
     parameters = W_enc, b_enc, W_dec, b_dec = make(F, D), make(F), make(F, D), make(D)
     rows = torch.randperm(F)[:dead].sort().values
