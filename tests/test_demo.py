@@ -169,7 +169,8 @@ def test_shipped_sae_is_small_and_says_where_it_belongs():
 def topic(**more):
     base = {
         "name": "sea <b>", "search": ["a"], "held_out": ["b"], "features": [1, 2], "fold": 8.0,
-        "writing_fold": 9.0, "random_fold": 1.1, "random_folds": [1.0, 1.2], "perplexity_ratio": 1.4, "passed": True,
+        "writing_fold": 9.0, "random_fold": 1.1, "random_folds": [1.0, 1.2],
+        "perplexity_ratio": 1.4, "passed": True,
         "pair": {"prompt": "I <i>", "base": "x", "steered": "y & z"},
     }  # fmt: skip
     return base | more

@@ -56,9 +56,9 @@ def write(result: dict, path: Path) -> None:
         '<p class="note">Features are found by searching the explanations for the topic\'s search '
         "words. Bars: how much more probable the topic's <i>held-out</i> words, which the search "
         "never saw, become at the same places of the same texts. Grey: the mean of "
-        f"{len(result['topics'][0]['random_folds'])} draws of random features at the same norm, none "
-        "of which keeps a search word of any topic. 'Writing': the same in the texts that the steered "
-        "model writes itself.</p>",
+        f"{len(result['topics'][0]['random_folds'])} draws of random features at the same norm, "
+        "none of which keeps a search word of any topic. 'Writing': the same in the texts that the "
+        "steered model writes itself.</p>",
         bars(result["topics"]),
         _table(result["topics"]),
         "<h2>Base and steered, same prompt and same random numbers</h2>",
