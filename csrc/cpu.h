@@ -5,6 +5,7 @@ namespace fastsae {
 
 struct CpuFeatures {
   bool avx2 = false, avx512 = false, avx512_bf16 = false, avx512_vnni = false, amx_bf16 = false;
+  bool tiles = false;  // everything that kernels_amx.cpp is compiled for
 };
 
 // GCC and Clang check that the operating system saves the registers as well, not only cpuid.
@@ -19,6 +20,7 @@ inline CpuFeatures cpu_features() {
   f.avx512_bf16 = f.avx512 && __builtin_cpu_supports("avx512bf16");
   f.avx512_vnni = f.avx512 && __builtin_cpu_supports("avx512vnni");
   f.amx_bf16 = f.avx512 && __builtin_cpu_supports("amx-bf16");
+  f.tiles = f.amx_bf16 && f.avx512_bf16 && f.avx512_vnni && __builtin_cpu_supports("amx-tile");
 #endif
   return f;
 }

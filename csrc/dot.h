@@ -8,9 +8,9 @@ namespace {
 
 // out[r] = Σ_j x[j]·w[r][j]: 32 partial sums (column j goes to sum j mod 32; the last, incomplete
 // sixteen to their own lanes), then the fixed tree of I::sum. R rows share the loads of x; a row's
-// value does not depend on R.
-template <class I, int R, class T>
-inline void dot_rows(const float* x, const T* const* w, int64_t D, float* out) {
+// value depends neither on R nor on which operand is x.
+template <class I, int R, class X, class T>
+inline void dot_rows(const X* x, const T* const* w, int64_t D, float* out) {
   typename I::Vec even[R], odd[R];
   for (int r = 0; r < R; ++r) even[r] = odd[r] = I::set1(0.0f);
   int64_t j = 0;
@@ -32,6 +32,73 @@ inline void dot_rows(const float* x, const T* const* w, int64_t D, float* out) {
     for (int r = 0; r < R; ++r) odd[r] = I::fma(x0, I::load_n(w[r] + j, rest, 0.0f), odd[r]);
   }
   for (int r = 0; r < R; ++r) out[r] = I::sum(I::add(even[r], odd[r]));
+}
+
+// out[i] = <x[i], w[i]>: R independent dots, whose loads from distant rows overlap.
+template <class I, int R, class T>
+inline void dot_pairs(const float* const* x, const T* const* w, int64_t D, float* out) {
+  typename I::Vec even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = I::set1(0.0f);
+  int64_t j = 0;
+  for (; j + 32 <= D; j += 32) {
+    for (int r = 0; r < R; ++r) {
+      even[r] = I::fma(I::load(x[r] + j), I::load(w[r] + j), even[r]);
+      odd[r] = I::fma(I::load(x[r] + j + 16), I::load(w[r] + j + 16), odd[r]);
+    }
+  }
+  if (j + 16 <= D) {
+    for (int r = 0; r < R; ++r) even[r] = I::fma(I::load(x[r] + j), I::load(w[r] + j), even[r]);
+    j += 16;
+  }
+  if (j < D) {
+    const int n = (int)(D - j);
+    for (int r = 0; r < R; ++r) {
+      odd[r] = I::fma(I::load_n(x[r] + j, n, 0.0f), I::load_n(w[r] + j, n, 0.0f), odd[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) out[r] = I::sum(I::add(even[r], odd[r]));
+}
+
+// out[x * out_stride + w] for kBlockX rows x and kBlockW rows w: dot_rows, but each load serves
+// several dots. Rows may repeat, where there are fewer.
+template <class I, class T>
+inline void dot_block(const float* const* x, const T* const* w, int64_t D, float* out,
+                      int64_t out_stride) {
+  constexpr int X = I::kBlockX, R = I::kBlockW;
+  typename I::Vec even[X][R], odd[X][R], a[X];
+  for (int i = 0; i < X; ++i)
+    for (int r = 0; r < R; ++r) even[i][r] = odd[i][r] = I::set1(0.0f);
+  int64_t j = 0;
+  for (; j + 32 <= D; j += 32) {
+    for (int i = 0; i < X; ++i) a[i] = I::load(x[i] + j);
+    for (int r = 0; r < R; ++r) {
+      const typename I::Vec b = I::load(w[r] + j);
+      for (int i = 0; i < X; ++i) even[i][r] = I::fma(a[i], b, even[i][r]);
+    }
+    for (int i = 0; i < X; ++i) a[i] = I::load(x[i] + j + 16);
+    for (int r = 0; r < R; ++r) {
+      const typename I::Vec b = I::load(w[r] + j + 16);
+      for (int i = 0; i < X; ++i) odd[i][r] = I::fma(a[i], b, odd[i][r]);
+    }
+  }
+  if (j + 16 <= D) {
+    for (int i = 0; i < X; ++i) a[i] = I::load(x[i] + j);
+    for (int r = 0; r < R; ++r) {
+      const typename I::Vec b = I::load(w[r] + j);
+      for (int i = 0; i < X; ++i) even[i][r] = I::fma(a[i], b, even[i][r]);
+    }
+    j += 16;
+  }
+  if (j < D) {
+    const int rest = (int)(D - j);
+    for (int i = 0; i < X; ++i) a[i] = I::load_n(x[i] + j, rest, 0.0f);
+    for (int r = 0; r < R; ++r) {
+      const typename I::Vec b = I::load_n(w[r] + j, rest, 0.0f);
+      for (int i = 0; i < X; ++i) odd[i][r] = I::fma(a[i], b, odd[i][r]);
+    }
+  }
+  for (int i = 0; i < X; ++i)
+    for (int r = 0; r < R; ++r) out[i * out_stride + r] = I::sum(I::add(even[i][r], odd[i][r]));
 }
 
 // out[i] = <x, W[index[i]]> for n listed rows.

@@ -10,6 +10,8 @@ struct Avx2 {
   struct Vec {
     __m256 lo, hi;
   };
+  static constexpr bool kTiles = false;
+  static constexpr int kBlockW = 2, kBlockX = 1;  // dots at once: 8 of the 16 registers
 
   FASTSAE_INLINE Vec set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   FASTSAE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -84,6 +86,7 @@ struct Avx2 {
   FASTSAE_COMPARE(gt, _CMP_GT_OQ)
   FASTSAE_COMPARE(eq, _CMP_EQ_OQ)
   FASTSAE_COMPARE(not_lt, _CMP_NLT_UQ)
+  FASTSAE_COMPARE(not_le, _CMP_NLE_UQ)
   FASTSAE_COMPARE(unordered, _CMP_UNORD_Q)
 #undef FASTSAE_COMPARE
 #define FASTSAE_COMPARE_KEY(name, instruction)                                              \
@@ -100,6 +103,27 @@ struct Avx2 {
     int n = 0;
     for (; mask; mask &= mask - 1) out[n++] = base + __builtin_ctz(mask);
     return n;
+  }
+  FASTSAE_INLINE void compress(float* out, uint32_t mask, Vec v) {
+    float lane[16];
+    store(lane, v);
+    for (; mask; mask &= mask - 1) *out++ = lane[__builtin_ctz(mask)];
+  }
+  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  template <int R>
+  FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
+                                Vec* sum) {
+    const __m256 factor = _mm256_set1_ps(scale);
+    for (int r = 0; r < R; ++r) {
+      __m256i part[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+      for (int j = 0; j < 4; ++j) {
+        const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * j)));
+        const __m256i v = _mm256_loadu_si256((const __m256i*)(x + r * stride + 16 * j));
+        part[j % 2] = _mm256_add_epi32(part[j % 2], _mm256_madd_epi16(wide, v));
+      }
+      sum[r].lo = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(part[0]), sum[r].lo);
+      sum[r].hi = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(part[1]), sum[r].hi);
+    }
   }
   FASTSAE_INLINE float sum(Vec v) {
     const __m256 eight = _mm256_add_ps(v.lo, v.hi);

@@ -8,6 +8,8 @@ namespace fastsae {
 
 struct Avx512 {
   using Vec = __m512;
+  static constexpr bool kTiles = false;
+  static constexpr int kBlockW = 4, kBlockX = 3;  // dots at once: 24 of the 32 registers
 
   FASTSAE_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
   FASTSAE_INLINE Vec set1(float value) { return _mm512_set1_ps(value); }
@@ -51,6 +53,7 @@ struct Avx512 {
   FASTSAE_INLINE uint32_t gt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   FASTSAE_INLINE uint32_t eq(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   FASTSAE_INLINE uint32_t not_lt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+  FASTSAE_INLINE uint32_t not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
   FASTSAE_INLINE uint32_t unordered(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   FASTSAE_INLINE uint32_t gt_key(const int32_t* p, int32_t t) {
     return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(t));
@@ -64,6 +67,23 @@ struct Avx512 {
     const __m512i index = _mm512_add_epi32(lanes, _mm512_set1_epi32(base));
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32((__mmask16)mask, index));
     return __builtin_popcount(mask);
+  }
+  // Writes the set lanes one after the other; may write up to 16.
+  FASTSAE_INLINE void compress(float* out, uint32_t mask, Vec v) {
+    store(out, _mm512_maskz_compress_ps((__mmask16)mask, v));
+  }
+  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  template <int R>
+  FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
+                                Vec* sum) {
+    const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
+    const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32)));
+    const Vec factor = _mm512_set1_ps(scale);
+    for (int r = 0; r < R; ++r) {
+      const __m512i a = _mm512_madd_epi16(low, _mm512_loadu_si512(x + r * stride));
+      const __m512i b = _mm512_madd_epi16(high, _mm512_loadu_si512(x + r * stride + 32));
+      sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), sum[r]);
+    }
   }
   FASTSAE_INLINE float sum(Vec v) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

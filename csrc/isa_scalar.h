@@ -8,6 +8,8 @@ struct Scalar {
   struct Vec {
     float lane[16];
   };
+  static constexpr bool kTiles = false;
+  static constexpr int kBlockW = 1, kBlockX = 1;
 #define FASTSAE_LANES for (int l = 0; l < 16; ++l)
 
   FASTSAE_INLINE Vec set1(float value) {
@@ -81,6 +83,7 @@ struct Scalar {
   FASTSAE_COMPARE(gt, x > y)
   FASTSAE_COMPARE(eq, x == y)
   FASTSAE_COMPARE(not_lt, !(x < y))
+  FASTSAE_COMPARE(not_le, !(x <= y))
   FASTSAE_COMPARE(unordered, x != x || y != y)
 #undef FASTSAE_COMPARE
   FASTSAE_INLINE uint32_t gt_key(const int32_t* p, int32_t t) {
@@ -99,6 +102,22 @@ struct Scalar {
     int n = 0;
     for (; mask; mask &= mask - 1) out[n++] = base + __builtin_ctz(mask);
     return n;
+  }
+  // Writes the set lanes one after the other; may write up to 16.
+  FASTSAE_INLINE void compress(float* out, uint32_t mask, Vec v) {
+    for (; mask; mask &= mask - 1) *out++ = v.lane[__builtin_ctz(mask)];
+  }
+  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  template <int R>
+  FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
+                                Vec* sum) {
+    for (int r = 0; r < R; ++r) {
+      FASTSAE_LANES {
+        int32_t part = 0;
+        for (int j = l; j < 64; j += 16) part += (int32_t)w[j] * x[r * stride + j];
+        sum[r].lane[l] += scale * (float)part;
+      }
+    }
   }
   // Fixed tree: 8, 4, 2, 1 apart. The same in every instruction set.
   FASTSAE_INLINE float sum(Vec v) {

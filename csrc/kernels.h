@@ -54,59 +54,66 @@ struct SparseOuterArgs {
 };
 
 struct CentreArgs {
-  const void* x;       // [N, D] of x_type
-  const float* b_dec;  // [D] or null
-  float* centred;      // [N, D]: x - b_dec
-  bf16* screen;        // [N, D]: centred rounded to bf16, or null
-  float* bounds;       // [N, 2]: factors of |w| and |w - w~| in the screen's error, see encode.h
+  const void* x;        // [N, D] of x_type
+  const float* b_dec;   // [D] or null
+  const float* centre;  // [D] or null: the screen is taken about it
+  double centre_norm;
+  float* centred;  // [N, D]: x - b_dec
+  bf16* tiles;     // centred - centre in bf16, tiles of 16 rows x 32 columns, or null
+  int16_t* words;  // centred - centre in int16 with word_scale [N], rows padded to 64, or null
+  float* word_scale;
+  float* bounds;   // [N, 2]: factors of |w| and |w - w~| in the screen's error, see screen.h
   DType x_type;
   int64_t D;
 };
 
-struct WeightArgs {
+// A copy of the weights that screens read: tiles of bf16, or bytes with a scale per 64.
+struct CopyArgs {
   const void* W;  // [F, D] of weight_type
-  bf16* screen;   // [F, D] or null (not wanted, or W is already bf16)
-  float* norms;   // |w_f|, rounded up
-  float* errors;  // |w_f - bf16(w_f)|, rounded up
   DType weight_type;
-  int64_t D;
+  const float* centre;  // [D]
+  int64_t F, D;
+  bf16* tiles;    // [F / 16 up][D / 32 up][16 pairs][16 columns][2], or null
+  int8_t* bytes;  // [F, D up to 64], or null
+  float* scales;  // [F, D up to 64 / 64]
+  float *norms, *errors, *products;  // [F]: |w|, |w - w~| (rounded up), <centre, w>
 };
 
-struct DenseArgs {
-  const float* centred;  // [N, D]
-  const void* W;         // [F, D] of weight_type
-  const float* b_enc;    // [F]
-  float* h;              // [N, F]
-  DType weight_type;
-  int64_t N, F, D;
+struct Tally {
+  int32_t count, limit, todo;  // entries; how many before the list is compacted; to be rescored
+  float floor;
 };
 
 struct EncodeArgs {
-  // Approximate W (x - b_dec), columns in tiles: tile t holds [N, width_t] at screen + t * N *
-  // tile, width_t = min(tile, F - t * tile). With screen_is_exact: [N, F] from dense_features, bias
-  // included.
-  const void* screen;
-  DType screen_type;
-  bool screen_is_exact;
-  int64_t N, tile;
-  const float* centred;  // [N, D]
-  const float* bounds;   // [N, 2]
-  const void* W;         // [F, D] of weight_type
+  const void* W;  // [F, D] of weight_type
   DType weight_type;
-  const float* b_enc;         // [F]
-  const float* norms;         // [F]
-  const float* errors;        // [F]
-  const float* group_bounds;  // [3, blocks * 16]: maxima of norms, errors, |b_enc|
-  int64_t F, D, k;
-  bool exact;           // false: return the screen's own values and ranking
-  int64_t capacity;     // rows with more candidates than this are left to the caller
-  uint8_t* left;        // [N], set where a row is left to the caller; unused with screen_is_exact
-  const int64_t* rows;  // work row -> output row
+  const float* b_enc;      // [F]
   const float* threshold;  // [F], encode_threshold only
+  int64_t N, F, D, k;
+  const float* centred;  // [N, D]
+  // Of the screen; without tiles and words, values are exact throughout.
+  const bf16* tiles;     // of CentreArgs, whole blocks of 32 rows
+  const int16_t* words;  // of CentreArgs, with room for three more rows
+  const float* word_scale;
+  const float* bounds;      // [N, 2]
+  const float* centre;      // [D] or null
+  const bf16* weight_tiles;  // the rest of CopyArgs; null where panels are rounded as they come
+  const int8_t* bytes;
+  const float *scales, *norms, *errors, *products;
+  uint8_t* stale;  // set where a value lies outside its bound: the copy is not of these weights
+  // Candidates, see candidates.h: lists of `capacity` entries, `ranges` of them for every row.
+  // Work item i of scan and rescore is range i % ranges of the i / ranges-th of `groups` of rows.
+  int64_t ranges, groups, capacity;
+  int64_t panel;  // features scanned at a time: a multiple of 32, at most 256
+  int32_t *index, *todo;
+  float *h, *error;
+  Tally* tally;            // [N, ranges]
+  uint8_t* left;           // [N], set where a row has more candidates than its lists hold
+  const int64_t* rows;     // row -> output row
   float* values;           // topk: [., k]
   int32_t* indices;        // topk: [., k]
-  int32_t** entries;  // threshold: output row -> malloc'ed count indices, then count value bits
-  int64_t* counts;    // threshold: output row -> count
+  int32_t** entries;       // threshold: output row -> malloc'ed count indices, then value bits
+  int64_t* counts;         // threshold: output row -> count
 };
 
 struct SteerTableArgs {
@@ -154,11 +161,12 @@ struct Kernels {
   void (*gather_dot_rows)(const GatherDotArgs&, int64_t begin, int64_t end);
   void (*sparse_outer_features)(const SparseOuterArgs&, int64_t begin, int64_t end);
   void (*centre_rows)(const CentreArgs&, int64_t begin, int64_t end);
-  void (*weight_rows)(const WeightArgs&, int64_t begin, int64_t end);
-  void (*dense_features)(const DenseArgs&, int64_t begin, int64_t end);
-  void (*group_bounds)(const EncodeArgs&, float* out);
-  void (*encode_topk_rows)(const EncodeArgs&, int64_t begin, int64_t end);
-  void (*encode_threshold_rows)(const EncodeArgs&, int64_t begin, int64_t end);
+  void (*copy_rows)(const CopyArgs&, int64_t begin, int64_t end);  // multiples of 16
+  void (*encode_scan)(const EncodeArgs&, int64_t begin, int64_t end);              // items
+  void (*encode_plan)(const EncodeArgs&, int64_t begin, int64_t end, bool first);  // rows
+  void (*encode_rescore)(const EncodeArgs&, int64_t begin, int64_t end);           // items
+  void (*encode_write)(const EncodeArgs&, int64_t begin, int64_t end);             // rows
+  bool tiles;  // encode_scan can screen
   void (*steer_rows)(const SteerArgs&, int64_t begin, int64_t end);
   void (*mi_columns)(const MiArgs&, int64_t begin, int64_t end);
   void (*mi_rows)(const MiArgs&, int64_t begin, int64_t end);
@@ -168,11 +176,12 @@ extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_amx;
 #endif
 
 const Kernels& kernels();  // the table in use
 bool use_isa(
-    const char* name);  // "scalar" | "avx2" | "avx512" | "auto"; false: not on this machine
+    const char* name);  // "scalar" | "avx2" | "avx512" | "amx" | "auto"; false: not on this machine
 [[noreturn]] void out_of_memory();  // throws std::bad_alloc from baseline code
 
 namespace {

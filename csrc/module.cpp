@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
         features["avx512_bf16"] = cpu.avx512_bf16;
         features["avx512_vnni"] = cpu.avx512_vnni;
         features["amx_bf16"] = cpu.amx_bf16;
+        features["amx"] = cpu.tiles;
         // The ops library holds the choice; it is another shared object, so ask it through torch.
         features["isa"] =
             py::module_::import("torch").attr("ops").attr("fastsae").attr("_get_isa")();

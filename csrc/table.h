@@ -13,11 +13,12 @@
    gather_dot_rows<I>,           \
    sparse_outer_features<I>,     \
    centre_rows<I>,               \
-   weight_rows<I>,               \
-   dense_features<I>,            \
-   group_bounds<I>,              \
-   encode_topk_rows<I>,          \
-   encode_threshold_rows<I>,     \
+   copy_rows<I>,                 \
+   encode_scan<I>,               \
+   encode_plan<I>,               \
+   encode_rescore<I>,            \
+   encode_write<I>,              \
+   I::kTiles,                    \
    steer_rows<I>,                \
    mi_columns<I>,                \
    mi_rows<I>}

@@ -40,10 +40,10 @@ inline int64_t count_at_least(const int32_t* keys, int64_t n, int32_t t) {
   return count;
 }
 
-// A threshold t with count(keys >= t) >= k and count(keys > t) < k or count(keys >= t) == k.
-// Bisection: no data-dependent branch inside the counting loop, and it stops early.
+// A threshold t with count(keys >= t) >= k, and count(keys > t) < k unless the former is at most
+// k + slack. Bisection: no data-dependent branch inside the counting loop, and it stops early.
 template <class I>
-inline int32_t kth_key(const int32_t* keys, int64_t n, int64_t k) {
+inline int32_t kth_key(const int32_t* keys, int64_t n, int64_t k, int64_t slack = 0) {
   int32_t low = keys[0], high = keys[0];
   for (int64_t i = 1; i < n; ++i) {
     low = keys[i] < low ? keys[i] : low;
@@ -54,7 +54,7 @@ inline int32_t kth_key(const int32_t* keys, int64_t n, int64_t k) {
     const int64_t middle = lo + (hi - lo + 1) / 2;
     const int64_t count = count_at_least<I>(keys, n, (int32_t)middle);
     if (count >= k) lo = middle;
-    if (count == k) break;
+    if (count >= k && count <= k + slack) break;
     if (count < k) hi = middle - 1;
   }
   return (int32_t)lo;

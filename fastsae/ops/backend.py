@@ -25,11 +25,8 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # op -> (stem of the Triton file, leaf ops the native implementation calls)
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "topk": ("topk", ("_topk_rows",)),
-    "encode_topk": ("encode", ("_encode_centre", "_encode_weights", "_encode_topk_rows")),
-    "encode_threshold": (
-        "encode",
-        ("_encode_centre", "_encode_weights", "_encode_threshold_rows"),
-    ),
+    "encode_topk": ("encode", ("_encode_topk",)),
+    "encode_threshold": ("encode", ("_encode_threshold",)),
     "decode": ("decode", ("_decode_rows",)),
     "gather_dot": ("decode", ("_gather_dot",)),
     "sparse_outer": ("sparse_outer", ("_sparse_outer",)),

@@ -37,12 +37,13 @@ LEAVES: tuple[str, ...] = (
     "_decode_rows(Tensor values, Tensor indices, Tensor W, Tensor? b) -> Tensor",
     "_gather_dot(Tensor g, Tensor W, Tensor indices) -> Tensor",
     "_sparse_outer(Tensor values, Tensor indices, Tensor g, int F) -> (Tensor, Tensor)",
-    "_encode_centre(Tensor x, Tensor? b_dec, bool screen) -> (Tensor, Tensor, Tensor)",
-    "_encode_weights(Tensor W, bool screen) -> (Tensor, Tensor)",
-    "_encode_topk_rows(Tensor screen, Tensor centred, Tensor bounds, Tensor W, Tensor b_enc,"
-    " Tensor norms, int k, int tile, int capacity, bool exact) -> (Tensor, Tensor)",
-    "_encode_threshold_rows(Tensor screen, Tensor centred, Tensor bounds, Tensor W, Tensor b_enc,"
-    " Tensor norms, Tensor threshold, int tile, int capacity) -> (Tensor, Tensor, Tensor)",
+    "_encode_topk(Tensor x, Tensor W, Tensor b_enc, Tensor? b_dec, int k, bool exact, bool screen,"
+    " Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, bool)",
+    "_encode_threshold(Tensor x, Tensor W, Tensor b_enc, Tensor? b_dec, Tensor threshold,"
+    " bool screen, Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, Tensor, bool)",
+    "_encode_copy(Tensor W, Tensor centre, bool bytes) -> (Tensor, Tensor, Tensor)",
+    "_encode_digest(Tensor W) -> int",
+    "_encode_stages() -> Tensor",
     "_mi_columns(Tensor logits, float scale, Tensor(a!) maximum, Tensor(b!) sum) -> ()",
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",

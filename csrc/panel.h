@@ -1,0 +1,154 @@
+// The weights' side of the screen: panels of features rounded as they come, or read from a copy of
+// the weights that was made for the purpose.
+#pragma once
+#include "screen.h"
+
+namespace fastsae {
+namespace {
+
+constexpr int64_t kPanel = 256;  // features per panel, at most
+
+// What the scan of one panel reads beside the products.
+struct Panel {
+  bf16* tiles;                           // [kPanel / 16][steps][16 pairs][16 columns][2]
+  float *norms, *errors, *products;      // [kPanel]: |w|, |w - w~|, <centre, w>
+  float *bias, *threshold;               // [kPanel]: b_enc + <centre, w>, θ
+  bf16* rounded;                         // [16][32 * steps] rows on their way into tiles
+  float* h;                              // [32][kPanel] products with a block of rows
+};
+
+// Rounds 16 weight rows from `first` on into tiles; those from `end` on are zero.
+template <class I, class T>
+inline void round_rows(const T* W, int64_t D, int64_t first, int64_t end, const float* centre,
+                       bf16* rounded, bf16* tiles, float* norms, float* errors, float* products) {
+  const int64_t steps = (D + 31) / 32;
+  const float flushed = (float)(__builtin_sqrt((double)D) * kSmallest);
+  for (int64_t i = 0; i < 16; ++i) {
+    bf16* out = rounded + i * steps * 32;
+    if (first + i >= end) {
+      memset(out, 0, (size_t)steps * 64);
+      continue;
+    }
+    const T* row = W + (first + i) * D;
+    const RowNorms n = round_row<I>(row, D, out, 32);
+    norms[i] = n.whole;
+    errors[i] = n.error + flushed;
+    products[i] = 0;
+    if (centre) dot_rows<I, 1>(centre, &row, D, products + i);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    I::transpose_pairs(rounded + s * 32, steps * 32, tiles + s * 512);
+  }
+}
+
+template <class I>
+inline void round_rows_any(const void* W, DType type, int64_t D, int64_t first, int64_t end,
+                           const float* centre, bf16* rounded, bf16* tiles, float* norms,
+                           float* errors, float* products) {
+  if (type == DType::f32) {
+    round_rows<I>((const float*)W, D, first, end, centre, rounded, tiles, norms, errors, products);
+  } else if (type == DType::bf16) {
+    round_rows<I>((const bf16*)W, D, first, end, centre, rounded, tiles, norms, errors, products);
+  } else {
+    round_rows<I>((const f16*)W, D, first, end, centre, rounded, tiles, norms, errors, products);
+  }
+}
+
+// The panel of features [first, first + width) in tiles: rounded now, or from the copy.
+template <class I>
+inline void load_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel* p) {
+  const int64_t steps = (a.D + 31) / 32;
+  if (a.weight_tiles) {
+    p->tiles = (bf16*)a.weight_tiles + first * steps * 32;
+    return;
+  }
+  for (int64_t g = 0; g < padded_to(width, 32); g += 16) {
+    round_rows_any<I>(a.W, a.weight_type, a.D, first + g, first + width, a.centre, p->rounded,
+                      p->tiles + g * steps * 32, p->norms + g, p->errors + g, p->products + g);
+  }
+}
+
+// Weight rows [begin, end) as the screen reads them, see CopyArgs.
+template <class I>
+inline void byte_rows(const CopyArgs& a, int64_t begin, int64_t end) {
+  Memory memory(4 * padded_to(a.D, kBytes));
+  float* wide = (float*)memory.data;
+  const int64_t D = a.D, blocks = padded_to(D, kBytes) / kBytes;
+  const float flushed = (float)(__builtin_sqrt((double)D) * kSmallest);
+  for (int64_t f = begin; f < end; ++f) {
+    read_row(a.W, a.weight_type, f * D, D, wide);
+    for (int64_t j = D; j < blocks * kBytes; ++j) wide[j] = 0;
+    float error = 0, squares = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* v = wide + b * kBytes;
+      float part = 0, lost = 0;
+      for (int64_t j = 0; j < kBytes; ++j) part += v[j] * v[j];
+      a.scales[f * blocks + b] =
+          quantise(v, kBytes, 127.0f, a.bytes + (f * blocks + b) * kBytes, &lost);
+      squares += part;
+      error += lost;
+    }
+    const double slack = 1.0 + (double)(blocks + kBytes + 16) * 0x1p-23;
+    const double whole = __builtin_sqrt((double)squares * slack + (double)D * 0x1p-125);
+    const double lost = __builtin_sqrt((double)error * slack + (double)D * 0x1p-125);
+    const bool bounded = whole < (double)kHuge;  // not NaN either
+    a.norms[f] = bounded ? (float)(whole * (1.0 + 0x1p-20)) : __builtin_inff();
+    a.errors[f] =
+        bounded ? (float)((lost + 0x1p-23 * whole) * (1.0 + 0x1p-20)) + flushed : __builtin_inff();
+    const float* rows[1] = {wide};
+    dot_rows<I, 1>(a.centre, rows, D, a.products + f);
+  }
+}
+
+// Weight rows [begin, end), begin a multiple of 16, as screens read them.
+template <class I>
+void copy_rows(const CopyArgs& a, int64_t begin, int64_t end) {
+  if (a.bytes) {
+    byte_rows<I>(a, begin, min64(end, a.F));
+    return;
+  }
+  if constexpr (I::kTiles) {
+    const int64_t steps = (a.D + 31) / 32;
+    Memory memory(16 * steps * 64);
+    for (int64_t f = begin; f < end; f += 16) {
+      round_rows_any<I>(a.W, a.weight_type, a.D, f, a.F, a.centre, (bf16*)memory.data,
+                        a.tiles + f * steps * 32, a.norms + f, a.errors + f, a.products + f);
+    }
+  }
+}
+
+// h [rows, kPanel] = <d~, w~>; rows share the weights' expansion.
+template <class I>
+inline void byte_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first, int64_t width,
+                       float* h) {
+  constexpr int64_t X = 4;
+  const int64_t padded = padded_to(a.D, kBytes), blocks = padded / kBytes;
+  for (int64_t f = 0; f < width; ++f) {
+    const int8_t* w = a.bytes + (first + f) * padded;
+    const float* scales = a.scales + (first + f) * blocks;
+    __builtin_prefetch(w + 4 * padded);
+    for (int64_t i = 0; i < rows; i += X) {
+      const int16_t* x = a.words + (n + i) * padded;
+      if (rows - i == 1) {
+        typename I::Vec sum[1] = {I::set1(0)};
+        for (int64_t b = 0; b < blocks; ++b) {
+          I::template add_bytes<1>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
+        }
+        h[i * kPanel + f] = I::sum(sum[0]) * a.word_scale[n + i];
+        continue;
+      }
+      // Missing rows repeat the last one's address range: words has room for three more.
+      typename I::Vec sum[X];
+      for (int r = 0; r < X; ++r) sum[r] = I::set1(0);
+      for (int64_t b = 0; b < blocks; ++b) {
+        I::template add_bytes<X>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
+      }
+      for (int64_t r = 0; r < min64(X, rows - i); ++r) {
+        h[(i + r) * kPanel + f] = I::sum(sum[r]) * a.word_scale[n + i + r];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastsae
