@@ -6,11 +6,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help build demo test lint bench gpu-compile clean
+.PHONY: help build demo test lint bench bench-peers bench-record gpu-compile clean
 help:
 	@echo "make demo         explain and steer a real language model on this machine (writes demo-report/)"
 	@echo "make test         lint, every test, every GPU kernel compiled ahead of time"
-	@echo "make lint | bench | gpu-compile | build | clean"
+	@echo "make bench        every op against torch; bench-peers: against SAELens, sparsify, dictionary_learning"
+	@echo "make bench-record both and the training step, recorded in benchmarks/results and README.md"
+	@echo "make lint | gpu-compile | build | clean"
 
 # torch comes first and alone: everything after it must find the pinned one and not fetch another.
 $(VENV)/.torch: constraints.txt
@@ -48,5 +50,30 @@ gpu-compile: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -P benchmarks/ops.py --device cpu
 
+# The peers need packages that fastsae does not, so they have an environment of their own. torchvision
+# comes with one of them, serves nothing here, and a build for another torch breaks their imports.
+PEERS     := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-peers.txt
+$(PEERS)/.ready: constraints-peers.txt $(CSRC)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) $(shell grep ^torch== constraints-peers.txt)
+	$(PEERS_PIP) setuptools wheel ninja
+	$(PEERS_PIP) sae-lens eai-sparsify dictionary-learning
+	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(PEERS_PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+bench-peers: $(PEERS)/.ready
+	$(PEERS)/bin/python -P benchmarks/peers.py
+
+# Refuses on a busy machine. Commit first: every row names the commit it measured.
+RESULTS := benchmarks/results
+bench-record: $(VENV)/.dev $(PEERS)/.ready
+	$(BIN)/python -P benchmarks/ops.py --out $(RESULTS)/cpu.csv
+	$(BIN)/python -P benchmarks/ops.py --profile --out $(RESULTS)/cpu-profile.csv
+	$(BIN)/python -P benchmarks/train_step.py --out $(RESULTS)/train-step.csv
+	$(PEERS)/bin/python -P benchmarks/peers.py --out $(RESULTS)/peers.csv
+	$(BIN)/python -P benchmarks/table.py --write README.md
+
 clean:
-	rm -rf $(VENV) build demo-report fastsae/*.so
+	rm -rf $(VENV) $(PEERS) build demo-report fastsae/*.so

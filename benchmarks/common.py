@@ -1,21 +1,18 @@
 """Measuring: interleaved providers, medians with p20/p80, and csv rows that name their machine.
 
-Protocol: the caller verifies first; then every round runs every provider once, in turn, on inputs
-that rotate, after warm-up rounds that are thrown away. On CUDA a buffer larger than L2 is cleared
-before every timed call (weights much larger than L2 make this a formality) and events surround the
-call alone; a provider may also be measured as the replay of a CUDA graph of it. On the CPU nothing
-is flushed: rotation over more than the last-level cache is what makes a case "cold".
+Protocol: every provider is verified first; then every round runs every provider once, in turn,
+after warm-up rounds that are thrown away. On CUDA a buffer larger than L2 is cleared before every
+timed call (weights much larger than L2 make this a formality) and events surround the call alone; a
+provider may also be measured as the replay of a CUDA graph of it. On the CPU a call follows an
+untimed one of the same provider: otherwise one would pay for, and another profit from, what its
+neighbour left in the caches (0.02 or 0.3 ms for the same decoded token). In a "cold" case it does
+not, and each call gets a number by which the case rotates its inputs through more than the
+last-level cache.
 """
 
 import argparse
-import csv
 import dataclasses
-import datetime
-import importlib.metadata
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,17 +20,35 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+import targets
+from machine import Load, busy, kept_bytes, machine, output_bytes, resident_growth, version
+from rows import Row, write_csv
+
 FLUSH_BYTES = 256 << 20  # above every L2
+BUSY_CORES = 0.5  # load of others above which nothing is recorded
+SHORT_SECONDS, MOST_ROUNDS = 1.0, 2000  # cases of microseconds run for a second
+LONG_MS = 100
+PACKAGES = {  # first word of a provider's name -> the package whose version its row carries
+    "native": "fastsae-engine",
+    "triton": "fastsae-engine",
+    "reference": "fastsae-engine",
+    "SAELens": "sae-lens",
+    "sparsify": "eai-sparsify",
+    "dictionary_learning": "dictionary-learning",
+}
 
 
 @dataclasses.dataclass
 class Case:
-    """One op at one shape. A provider takes the round number and returns what `check` judges.
+    """One op at one shape. A provider takes the call's number and returns what `check` judges.
 
     `traffic_bytes` and `flops` are the least an implementation must move and do; the formula stands
     where the case is built. `graphs`: which providers can be captured (no host synchronisation).
     `floors` are timed beside the providers and not checked: they do only a part of the work.
+    `base` names the provider or floor that the rows' ratios refer to. `scaled` multiplies the times
+    of providers that do only a share of the problem; their names must say so. `rounds` bounds the
+    number of rounds of a case that takes long.
     """
 
     op: str
@@ -46,89 +61,9 @@ class Case:
     state: str = "warm"
     graphs: tuple[str, ...] = ()
     floors: dict[str, Callable] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass
-class Row:
-    """One line of the csv: STYLE is one row per (op, provider, shape)."""
-
-    op: str
-    provider: str
-    version: str
-    N: int | None
-    D: int | None
-    F: int | None
-    k: int | None
-    V: int | None
-    dtype: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    traffic_bytes: int
-    gbps: float | None
-    tflops: float | None
-    peak_mb: float | None
-    state: str
-    device: str
-    clocks: str
-    threads: int
-    torch: str
-    triton: str
-    fastsae: str
-    commit: str
-    date: str
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _output(*command: str) -> str:
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def machine(device: str) -> dict[str, object]:
-    """Columns of `Row` that are the same for a whole run."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        clocks = _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader")
-    else:
-        model = [li for li in _output("cat", "/proc/cpuinfo").splitlines() if "model name" in li]
-        name = model[0].split(":")[1].strip() if model else platform.processor()
-        clocks = ""
-    return {
-        "device": name,
-        "clocks": clocks,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "fastsae": version("fastsae-engine"),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def busy(seconds: float = 1.0) -> float:
-    """Cores that other processes use, averaged over the last second: a busy machine lies."""
-
-    def jiffies() -> tuple[int, int]:
-        fields = list(map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]))
-        return sum(fields), fields[3] + fields[4]
-
-    if not Path("/proc/stat").exists():
-        return 0.0
-    before = jiffies()
-    time.sleep(seconds)
-    after = jiffies()
-    idle = (after[1] - before[1]) / max(1, after[0] - before[0])
-    return (1 - idle) * (os.cpu_count() or 1)
+    base: str = "torch"
+    scaled: dict[str, float] = dataclasses.field(default_factory=dict)
+    rounds: int | None = None
 
 
 def capture(function: Callable) -> Callable:
@@ -142,33 +77,53 @@ def capture(function: Callable) -> Callable:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function(0)
-    return lambda _round: graph.replay()
+    return lambda _call: graph.replay()
 
 
-def measure(providers: dict[str, Callable], device: str, *, rounds: int, warmup: int) -> dict:
-    """{name: [ms]} of all providers, interleaved round by round."""
+def measure(
+    providers: dict[str, Callable], device: str, *, rounds: int, warmup: int, cold: bool = False
+) -> dict[str, list[float]]:
+    """{name: [ms]} of all providers, interleaved round by round.
+
+    On the CPU more than `rounds` are made when together they took less than a second. Calls of more
+    than 100 ms are not preceded by an untimed one: the caches are the smallest part of them.
+    """
+    if device == "cuda":
+        return _measure_cuda(providers, rounds, warmup)
     times: dict[str, list[float]] = {name: [] for name in providers}
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda") if device == "cuda" else None
-    pending = []
-    for number in range(warmup + rounds):
+    begun, number = time.perf_counter(), 0
+    for round_ in range(warmup + MOST_ROUNDS):
+        if round_ == warmup:
+            begun = time.perf_counter()
+        if round_ >= warmup + rounds and time.perf_counter() - begun > SHORT_SECONDS:
+            break
         for name, function in providers.items():
-            if flush is not None:
-                flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
+            if not cold and times[name] and times[name][-1] < LONG_MS:
                 function(number)
-                end.record()
-                pending.append((name, number, start, end))
-            else:
-                started = time.perf_counter()
-                function(number)
-                if number >= warmup:
-                    times[name].append((time.perf_counter() - started) * 1e3)
-    if flush is not None:
-        torch.cuda.synchronize()
-        for name, number, start, end in pending:
-            if number >= warmup:
-                times[name].append(start.elapsed_time(end))
+                number += 1
+            started = time.perf_counter()
+            function(number)
+            times[name].append((time.perf_counter() - started) * 1e3)
+            number += 1
+    return {name: found[warmup:] for name, found in times.items()}
+
+
+def _measure_cuda(providers: dict[str, Callable], rounds: int, warmup: int) -> dict:
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    pending = []
+    for round_ in range(warmup + rounds):
+        for name, function in providers.items():
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function(round_)
+            end.record()
+            pending.append((name, round_, start, end))
+    torch.cuda.synchronize()
+    for name, round_, start, end in pending:
+        if round_ >= warmup:
+            times[name].append(start.elapsed_time(end))
     return times
 
 
@@ -179,83 +134,82 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return tenths[1], tenths[4], tenths[7]
 
 
-def peak_mb(function: Callable, device: str) -> tuple[object, float | None]:
-    """The result of one call and the device memory it took beyond what was there."""
-    if device != "cuda":
-        return function(0), None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    result = function(0)
-    torch.cuda.synchronize()
-    return result, (torch.cuda.max_memory_allocated() - before) / 2**20
+def verify(name: str, function: Callable, check: Callable, device: str) -> dict[str, float | None]:
+    """Checks the result of a first call, then measures the memory of a second one."""
+    if device == "cuda":
+        check(name, function(0))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, kept = torch.cuda.memory_allocated(), None
+        result = function(0)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        result, kept = kept_bytes(lambda: function(0))
+        check(name, result)
+        del result
+        result, peak = resident_growth(lambda: function(0))
+    found = {"peak_mb": peak, "output_mb": output_bytes(result), "kept_mb": kept}
+    return {key: None if value is None else value / 2**20 for key, value in found.items()}
 
 
 def run(case: Case, device: str, common: dict, *, rounds: int, warmup: int) -> list[Row]:
     """Verifies every provider of a case, then times them; AssertionError on a wrong result."""
-    memory = {}
-    for name, function in case.providers.items():
-        result, memory[name] = peak_mb(function, device)
-        case.check(name, result)
-        del result
+    nothing = dict.fromkeys(("peak_mb", "output_mb", "kept_mb"))
+    memory = {n: verify(n, f, case.check, device) for n, f in case.providers.items()}
+    memory |= dict.fromkeys((*case.floors, *case.scaled), nothing)
     providers = case.providers | case.floors
-    memory |= dict.fromkeys(case.floors)
     if device == "cuda":
         for name in (n for n in case.graphs if n in case.providers):
             providers[f"{name} graph"] = capture(case.providers[name])
-            memory[f"{name} graph"] = None
-    rows = []
-    for name, times in measure(providers, device, rounds=rounds, warmup=warmup).items():
-        p20, p50, p80 = percentiles(times)
-        gbps = case.traffic_bytes / p50 / 1e6 if case.traffic_bytes else None
-        tflops = case.flops / p50 / 1e9 if case.flops else None
-        shape = {letter: case.shape.get(letter) for letter in "NDFkV"}
-        package = "fastsae-engine" if name.split()[0] in ("native", "triton") else "torch"
-        rows.append(
-            Row(
-                op=case.op,
-                provider=name,
-                version=version(package),
-                **shape,
-                dtype=case.dtype,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
-                traffic_bytes=case.traffic_bytes,
-                gbps=gbps,
-                tflops=tflops,
-                peak_mb=memory[name],
-                state=case.state,
-                **common,
-            )
+            memory[f"{name} graph"] = nothing
+    rounds = min(rounds, case.rounds or rounds)
+    protocol = {"rounds": rounds, "warmup": min(warmup, rounds), "cold": case.state == "cold"}
+    times = measure(providers, device, **protocol)
+    found = {
+        name: [ms * case.scaled.get(name, 1) for ms in percentiles(times[name])] for name in times
+    }
+    base = found[case.base][1] if case.base in found else None
+    shape = {letter: case.shape.get(letter) for letter in "NDFkV"}
+    return [
+        Row(
+            op=case.op,
+            provider=name,
+            version=version(PACKAGES.get(name.split()[0], "torch")),
+            **shape,
+            dtype=case.dtype,
+            p20_ms=p20,
+            p50_ms=p50,
+            p80_ms=p80,
+            base=case.base if base else "",
+            ratio=p50 / base if base else None,
+            traffic_bytes=case.traffic_bytes,
+            flops=case.flops,
+            gbps=case.traffic_bytes / p50 / 1e6 if case.traffic_bytes else None,
+            tflops=case.flops / p50 / 1e9 if case.flops else None,
+            **memory[name],
+            state=case.state,
+            **common,
         )
-    return rows
+        for name, (p20, p50, p80) in found.items()
+    ]
 
 
-def table(rows: list[Row], base: str = "torch") -> str:
-    """Rows of one case for a person; the ratio is base / provider, above 1 is faster than base."""
-    reference = next((row.p50_ms for row in rows if row.provider == base), None)
-    lines = []
+def table(rows: list[Row], roofs: list[Row] = ()) -> str:
+    """Rows of one case for a person, with the share of the roofline where `roofs` hold one."""
+    lines = [f"{rows[0].op} {targets.shape_of(rows[0])} {rows[0].dtype}, {rows[0].state}"]
     for row in rows:
-        shape = " ".join(f"{n}={v}" for n in "NDFkV" if (v := getattr(row, n)) is not None)
-        ratio = f"{reference / row.p50_ms:6.2f}x" if reference else "      -"
-        rate = f"{row.gbps:7.0f} GB/s" if row.gbps else f"{row.tflops or 0:7.1f} TF/s"
+        ratio = f"{row.ratio:8.3f} x {row.base}" if row.ratio else ""
+        rate = f"{row.tflops:6.2f} TF/s" if row.tflops else ""
+        rate = f"{row.gbps:6.1f} GB/s" if row.gbps else rate
+        bound = targets.roofline_ms(row, roofs)
+        share = f"{bound / row.p50_ms:4.0%} of roofline" if bound else ""
+        extra = f"{row.peak_mb:7.1f} MB" if row.peak_mb is not None else ""
         lines.append(
-            f"{row.op:16} {row.provider:18} {shape:38} {row.dtype:10} {row.p50_ms:9.4f} ms "
-            f"[{row.p20_ms:.4f}, {row.p80_ms:.4f}] {rate} {ratio}"
+            f"    {row.provider:50} {row.p50_ms:9.4f} ms [{row.p20_ms:.4f}, {row.p80_ms:.4f}] "
+            f"{rate:11} {share:17} {extra:10} {ratio}"
         )
     return "\n".join(lines)
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        for row in rows:
-            line = dataclasses.asdict(row)
-            rounded = {k: round(v, 5) for k, v in line.items() if isinstance(v, float)}
-            writer.writerow({**line, **rounded})
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -274,37 +228,45 @@ def parser(description: str) -> argparse.ArgumentParser:
 def run_all(cases: list[tuple[str, Callable[[], Case]]], options: argparse.Namespace) -> int:
     """Runs (op, maker of the case) pairs, prints tables, writes the csv; 1 if a result was wrong.
 
-    A maker builds its tensors when its turn comes, so that only one case is in memory.
+    A maker builds its tensors when its turn comes, so that only one case is in memory. Nothing is
+    recorded if others used the machine, before the run or during any case.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device: got cuda, but torch sees no GPU; use --device cpu")
     started = time.perf_counter()
-    common = machine(options.device)
-    load = busy() if options.device == "cpu" else 0.0
-    rounds = options.rounds or (5 if options.quick else 15 if options.device == "cpu" else 30)
+    common, on_cpu = machine(options.device), options.device == "cpu"
+    load = Load()
+    disturbed = (
+        [f"before the run ({cores:.1f} cores)"] if on_cpu and (cores := busy()) > BUSY_CORES else []
+    )
+    rounds = options.rounds or (5 if options.quick else 15 if on_cpu else 30)
     rows, wrong, skipped = [], [], []
     print(f"{common['device']}, {common['threads']} threads, torch {common['torch']}")
-    if load > 0.5:
-        print(f"other processes use {load:.1f} cores: these times are no measurement")
     for op, make in cases:
         if options.only and op not in options.only:
             continue
         if options.budget and time.perf_counter() - started > options.budget:
             skipped.append(op)
             continue
+        load.start()
         with torch.inference_mode():
             try:
                 found = run(make(), options.device, common, rounds=rounds, warmup=5)
-            except (AssertionError, RuntimeError) as error:  # the other cases still count
+            except Exception as error:  # the other cases still count
                 wrong.append(f"{op}: {type(error).__name__}: {error}")
                 continue
+        if on_cpu and (cores := load.others()) > BUSY_CORES:
+            disturbed.append(f"{op} {targets.shape_of(found[0])} ({cores:.1f} cores)")
         rows += found
-        print(table(found), flush=True)
+        print(table(found, rows), flush=True)
+    print(targets.summary(rows))
     for line in wrong:
         print(f"FAILED {line}", file=sys.stderr)
     if skipped:
         print(f"skipped, out of time: {', '.join(skipped)}")
-    if options.out and (load <= 0.5 or options.anyway):
+    if disturbed:
+        print(f"busy machine, these times are no measurement: {'; '.join(disturbed)}")
+    if options.out and (not disturbed or options.anyway):
         write_csv(options.out, rows)
         print(f"wrote {options.out}")
     elif options.out:
