@@ -37,6 +37,11 @@ LEAVES: tuple[str, ...] = (
     "_decode_rows(Tensor values, Tensor indices, Tensor W, Tensor? b) -> Tensor",
     "_gather_dot(Tensor g, Tensor W, Tensor indices) -> Tensor",
     "_sparse_outer(Tensor values, Tensor indices, Tensor g, int F) -> (Tensor, Tensor)",
+    "_code_gradients(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor W)"
+    " -> (Tensor, Tensor, Tensor)",
+    "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
+    " Tensor? extra_slot, Tensor[] extra, Tensor(a!)[] state, float lr, float beta1, float beta2,"
+    " float eps, int t) -> ()",
     "_encode_centre(Tensor x, Tensor? b_dec, bool screen) -> (Tensor, Tensor, Tensor)",
     "_encode_weights(Tensor W, bool screen) -> (Tensor, Tensor)",
     "_encode_topk_rows(Tensor screen, Tensor centred, Tensor bounds, Tensor W, Tensor b_enc,"
