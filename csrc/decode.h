@@ -22,14 +22,22 @@ inline void write_row(const float* in, int64_t n, DType type, void* out, int64_t
   }
 }
 
-// sum[j] += Σ_r v[r]·w[r][j], the terms of a column one after the other.
+// sum[j] += Σ_r v[r]·w[r][j], the terms of a column one after the other; meanwhile the R rows at
+// `next` come into the cache, because no prefetcher guesses where the next indices point.
 template <class I, int R, class T>
-inline void add_rows(float* sum, const float* v, const T* const* w, int64_t n) {
+inline void add_rows(float* sum, const float* v, const T* const* w, int64_t n,
+                     const T* const* next = nullptr) {
   typename I::Vec scale[R];
   for (int r = 0; r < R; ++r) scale[r] = I::set1(v[r]);
   int64_t j = 0;
   for (; j + 32 <= n; j += 32) {
     typename I::Vec a = I::load(sum + j), b = I::load(sum + j + 16);
+    if (next) {
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(next[r] + j);
+        if (sizeof(T) == 4) __builtin_prefetch(next[r] + j + 16);
+      }
+    }
     for (int r = 0; r < R; ++r) {
       a = I::fma(scale[r], I::load(w[r] + j), a);
       b = I::fma(scale[r], I::load(w[r] + j + 16), b);
@@ -48,23 +56,31 @@ inline void add_rows(float* sum, const float* v, const T* const* w, int64_t n) {
   }
 }
 
-// sum += Σ_i v[i]·W[index[i]], in order, four rows at a time so that sum stays in L1.
+constexpr int64_t kRows = 4;  // rows added at once: sum stays in L1, the next rows fit beside it
+
+// sum += Σ_i v[i]·W[index[i]], in order.
 template <class I, class T>
 inline void add_indexed(float* sum, const float* v, const int32_t* index, int64_t count, const T* W,
                         int64_t stride, int64_t n) {
+  const T *rows[kRows], *next[kRows];
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    const T* rows[4];
-    for (int r = 0; r < 4; ++r) {
+  for (; i + kRows <= count; i += kRows) {
+    for (int64_t r = 0; r < kRows; ++r) {
       rows[r] = W + (int64_t)index[i + r] * stride;
-      if (i + 4 + r < count) __builtin_prefetch(W + (int64_t)index[i + 4 + r] * stride);
+      next[r] = W + (int64_t)index[min64(i + kRows + r, count - 1)] * stride;
     }
-    add_rows<I, 4>(sum, v + i, rows, n);
+    add_rows<I, kRows>(sum, v + i, rows, n, i + kRows < count ? next : nullptr);
   }
   for (; i < count; ++i) {
     const T* row = W + (int64_t)index[i] * stride;
     add_rows<I, 1>(sum, v + i, &row, n);
   }
+}
+
+// Columns of a matrix side by side: rows a power of two apart would share a few sets of the cache.
+template <class T>
+inline void pack_columns(const T* in, int64_t rows, int64_t stride, int64_t n, T* out) {
+  for (int64_t r = 0; r < rows; ++r) memcpy(out + r * n, in + r * stride, (size_t)n * sizeof(T));
 }
 
 template <class I, class T>
@@ -74,10 +90,17 @@ inline void decode_typed(const DecodeArgs& a, int64_t begin, int64_t end) {
   float* value = sum + a.D;
   int32_t* index = (int32_t*)(value + a.K);
   const int64_t width = ((a.D + a.slices - 1) / a.slices + 63) / 64 * 64;
+  Memory slice(a.pack ? a.F * width * (int64_t)sizeof(T) : 0);
+  int64_t packed = -1;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t n = item / a.slices, first = item % a.slices * width;
+    const int64_t n = item % a.N, first = item / a.N * width;
     const int64_t columns = min64(width, a.D - first);
     if (columns <= 0) continue;
+    const T* W = (const T*)a.W + first;
+    if (a.pack && packed != first) {
+      pack_columns(W, a.F, a.D, columns, (T*)slice.data);
+      packed = first;
+    }
     int64_t used = 0;
     for (int64_t k = 0; k < a.K; ++k) {
       const float v = read(a.values, a.value_type, n * a.K + k);
@@ -92,7 +115,11 @@ inline void decode_typed(const DecodeArgs& a, int64_t begin, int64_t end) {
     } else {
       memset(sum, 0, (size_t)columns * 4);
     }
-    add_indexed<I>(sum, value, index, used, (const T*)a.W + first, a.D, columns);
+    if (a.pack) {
+      add_indexed<I>(sum, value, index, used, (const T*)slice.data, columns, columns);
+    } else {
+      add_indexed<I>(sum, value, index, used, W, a.D, columns);
+    }
     write_row(sum, columns, a.out_type, a.out, n * a.D + first);
   }
 }

@@ -46,6 +46,8 @@ struct Avx512 {
   }
   FASTSAE_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   FASTSAE_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  FASTSAE_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  FASTSAE_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a); }
   FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   FASTSAE_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   FASTSAE_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a); }

@@ -52,6 +52,14 @@ struct Scalar {
     FASTSAE_LANES a.lane[l] *= b.lane[l];
     return a;
   }
+  FASTSAE_INLINE Vec div(Vec a, Vec b) {
+    FASTSAE_LANES a.lane[l] /= b.lane[l];
+    return a;
+  }
+  FASTSAE_INLINE Vec sqrt(Vec a) {
+    FASTSAE_LANES a.lane[l] = __builtin_sqrtf(a.lane[l]);
+    return a;
+  }
   // a·b + c. Fused only where the machine has the instruction: the libm call would be 50x slower.
   FASTSAE_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #ifdef __FP_FAST_FMAF

@@ -28,8 +28,9 @@ struct DecodeArgs {
   const float* bias;  // [D] or null
   void* out;          // [N, D] of out_type
   DType value_type, weight_type, out_type;
-  int64_t K, D;
-  int64_t slices;  // work item i is columns of slice i % slices of row i / slices
+  int64_t N, K, D;
+  int64_t F, slices;  // work item i is columns of slice i / N of row i % N
+  bool pack;          // copy the columns of a slice before they are read many times
 };
 
 struct GatherDotArgs {
@@ -51,6 +52,36 @@ struct SparseOuterArgs {
   DType g_type;
   int64_t D;
   int64_t column_begin, column_end;  // columns of dW to write; db is written with column 0
+};
+
+struct AdamArgs {
+  float beta1, beta2, eps;
+  float step;  // lr / (1 - beta1^t)
+  float root;  // 1 / sqrt(1 - beta2^t)
+};
+
+struct CodeArgs {
+  const float* values;     // sorted by feature, then row: value, its gradient and row of every
+  float* slopes;           // entry; the gradient is computed (all 0 before)
+  const int32_t* rows;     //
+  const int64_t* offsets;  // [F + 1] into the three
+  const float* g;          // [N, D]: gradient of the reconstruction
+  const float* x;          // [N, D]: what the encoder multiplies
+  int64_t N, D;
+};
+
+struct CodeGradientArgs {
+  CodeArgs code;
+  const float* W;  // [F, D], decoder
+  float *dW_dec, *dW_enc, *db_enc;
+};
+
+struct TrainArgs {
+  CodeArgs code;
+  const int32_t* extra_slot;  // [F]: row of the extra gradients, or -1; null without any
+  const float *extra_dec, *extra_enc, *extra_bias;
+  float *W_enc[3], *b_enc[3], *W_dec[3];  // parameter, first and second moment
+  AdamArgs adam;
 };
 
 struct CentreArgs {
@@ -160,6 +191,9 @@ struct Kernels {
   void (*decode_rows)(const DecodeArgs&, int64_t begin, int64_t end);
   void (*gather_dot_rows)(const GatherDotArgs&, int64_t begin, int64_t end);
   void (*sparse_outer_features)(const SparseOuterArgs&, int64_t begin, int64_t end);
+  void (*code_gradients)(const CodeGradientArgs&, int64_t begin, int64_t end);
+  void (*train_features)(const TrainArgs&, float* shift, int64_t begin, int64_t end);
+  void (*adam_vector)(const AdamArgs&, const float* grad, float* const* state, int64_t n);
   void (*centre_rows)(const CentreArgs&, int64_t begin, int64_t end);
   void (*copy_rows)(const CopyArgs&, int64_t begin, int64_t end);  // multiples of 16
   void (*encode_scan)(const EncodeArgs&, int64_t begin, int64_t end);              // items

@@ -8,30 +8,41 @@ namespace {
 
 constexpr int64_t kSegment = 256;  // entries summed on their own first: keeps long sums accurate
 
+// sum += Σ_i v[i]·g[rows[i]], in order, by segments; `partial` is scratch of n floats.
+template <class I, class T>
+inline void add_entries(float* sum, float* partial, const float* v, const int32_t* rows,
+                        int64_t count, const T* g, int64_t stride, int64_t n) {
+  if (count <= kSegment) return add_indexed<I>(sum, v, rows, count, g, stride, n);
+  const float one = 1.0f;
+  const float* const partials[1] = {partial};
+  for (int64_t i = 0; i < count; i += kSegment) {
+    memset(partial, 0, (size_t)n * 4);
+    add_indexed<I>(partial, v + i, rows + i, min64(kSegment, count - i), g, stride, n);
+    add_rows<I, 1>(sum, &one, partials, n);
+  }
+}
+
+inline float sum_entries(const float* v, int64_t count) {
+  float total = 0;
+  for (int64_t i = 0; i < count; i += kSegment) {
+    float sum = 0;
+    for (int64_t e = i; e < min64(count, i + kSegment); ++e) sum += v[e];
+    total += sum;
+  }
+  return total;
+}
+
 template <class I, class T>
 inline void sparse_outer_typed(const SparseOuterArgs& a, int64_t begin, int64_t end) {
   const int64_t columns = a.column_end - a.column_begin;
-  const T* g = (const T*)a.g + a.column_begin;
-  Memory memory(4 * (columns + kSegment));
-  float* partial = (float*)memory.data;
-  const float one = 1.0f;
-  const float* const partials[1] = {partial};
+  Memory memory(4 * columns);
   for (int64_t f = begin; f < end; ++f) {
+    const int64_t first = a.offsets[f], count = a.offsets[f + 1] - first;
     float* row = a.dW + f * a.D + a.column_begin;
-    float bias = 0;
     memset(row, 0, (size_t)columns * 4);
-    for (int64_t i = a.offsets[f]; i < a.offsets[f + 1]; i += kSegment) {
-      const int64_t count = min64(kSegment, a.offsets[f + 1] - i);
-      float sum = 0;
-      for (int64_t e = i; e < i + count; ++e) sum += a.values[e];
-      bias += sum;
-      const bool only = a.offsets[f + 1] - a.offsets[f] <= kSegment;
-      float* target = only ? row : partial;
-      if (!only) memset(partial, 0, (size_t)columns * 4);
-      add_indexed<I>(target, a.values + i, a.rows + i, count, g, a.D, columns);
-      if (!only) add_rows<I, 1>(row, &one, partials, columns);
-    }
-    if (a.column_begin == 0) a.db[f] = bias;
+    add_entries<I>(row, (float*)memory.data, a.values + first, a.rows + first, count,
+                   (const T*)a.g + a.column_begin, a.D, columns);
+    if (a.column_begin == 0) a.db[f] = sum_entries(a.values + first, count);
   }
 }
 

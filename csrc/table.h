@@ -5,6 +5,7 @@
 #include "mi.h"
 #include "sparse_outer.h"
 #include "steer.h"
+#include "train.h"
 
 #define FASTSAE_KERNELS(I, name) \
   {name,                         \
@@ -12,6 +13,9 @@
    decode_rows<I>,               \
    gather_dot_rows<I>,           \
    sparse_outer_features<I>,     \
+   code_gradients<I>,            \
+   train_features<I>,            \
+   adam_vector<I>,               \
    centre_rows<I>,               \
    copy_rows<I>,                 \
    encode_scan<I>,               \

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, ops
-from fastsae.ops.backend import interpreting
+from fastsae.ops.backend import BackendError, interpreting
 from fastsae.ops.decode import decode_dense
 
 pytestmark = pytest.mark.op("decode")
@@ -48,6 +48,33 @@ def test_types(decode_sample, as_good_as_torch, mixed, n, device, backend):
 @pytest.mark.parametrize("d", [640, 2304, 5376])
 def test_wide_rows(decode_sample, as_good_as_torch, d, device, backend):
     check(decode_sample(2, 9, d, 37, device=device), backend, as_good_as_torch)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (1, 5), (0, 5), (7, 0), (5,), (2, 3, 5)])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_without_gradients(decode_sample, mixed, shape, index, device):
+    """The short way to the kernel serves what the long way serves, with the same bits."""
+    n = int(torch.tensor(shape[:-1]).prod())
+    s = decode_sample(n, shape[-1], dtype=mixed[0], weights=mixed[1], device=device)
+    values, indices = s.values.view(shape), s.indices.view(shape).to(index)
+    for arguments in (
+        (values, indices, s.W, s.b_dec),
+        (values, indices, s.W),
+        (values.mT.contiguous().mT if len(shape) > 1 else values, indices, s.W.T.contiguous().T),
+        (values.double(), indices, s.W.double(), s.b_dec.double()),
+    ):
+        wanted = ops.decode(*arguments)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                got = ops.decode(*arguments)
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_without_gradients_the_environment_still_chooses(decode_sample, monkeypatch, device):
+    s = decode_sample(device=device)
+    monkeypatch.setenv("FASTSAE_BACKEND", "none such")
+    with torch.no_grad(), pytest.raises(BackendError, match="none such"):
+        ops.decode(s.values, s.indices, s.W)
 
 
 def test_repeated_indices_add_up(decode_sample, as_good_as_torch, device, backend):
@@ -310,7 +337,8 @@ def test_nothing_of_size_n_k_d(decode_sample, largest_allocation, op, device, ba
     assert largest_allocation(run, device) < 0.4 * n * 64 * 512 * 4
 
 
-def test_errors_name_the_argument_and_the_fix(decode_sample):
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+def test_errors_name_the_argument_and_the_fix(decode_sample, grad):
     s = decode_sample(3, 4, 8, 20)
     good = {"values": s.values, "indices": s.indices, "W_dec": s.W, "b_dec": s.b_dec}
     bad_row = s.indices.clone()
@@ -326,7 +354,7 @@ def test_errors_name_the_argument_and_the_fix(decode_sample):
         ({"b_dec": s.W[0, :7]}, ["b_dec: got shape [7], expected [8]"]),
         ({"b_dec": s.b_dec.to("meta")}, ["b_dec on meta", ".to(device)"]),
     ):
-        with pytest.raises(FastsaeError) as error:
+        with pytest.raises(FastsaeError) as error, grad():
             ops.decode(**good | change)
         assert all(word in str(error.value) for word in words), error.value
     with pytest.raises(FastsaeError, match=r"g: got shape \[3, 7\], expected \[rows, 8\]"):

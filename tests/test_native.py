@@ -332,6 +332,33 @@ def test_a_hot_feature_and_an_unused_one(threads, isa):
     same(results[0], results[2])
 
 
+def test_weights_read_many_times_are_packed(threads, dtype, isa):
+    """Few features, many rows: slices of columns are copied first. A row alone never is."""
+    n, k, f, d = 210, 64, 300, 900
+    values, indices = torch.randn(n, k), torch.randint(0, f, (n, k), dtype=torch.int32)
+    values[:, ::3] = 0
+    W, b = torch.randn(f, d).to(dtype), torch.randn(d)
+    W[0] = math.nan
+    values[indices == 0] = 0
+    alone = torch.cat([native.decode(values[[i]], indices[[i]], W, b) for i in range(n)])
+    assert torch.isfinite(alone).all()
+    for count in (1, 2, 7):
+        threads(count)
+        assert torch.equal(native.decode(values, indices, W, b), alone)
+
+
+def test_outputs_on_large_pages():
+    """Above 16 MB the pages of dW are asked for in another way."""
+    n, f, d = 50, 9000, 512
+    values, g = torch.randn(n, 4), torch.randn(n, d)
+    indices = torch.randint(0, f, (n, 4), dtype=torch.int32)
+    dW, _ = native.sparse_outer(values, indices, g, f)
+    wanted = torch.zeros(f, d, dtype=torch.float64)
+    products = values.double().unsqueeze(-1) * g.double().unsqueeze(1)
+    wanted.index_add_(0, indices.flatten(), products.flatten(0, 1))
+    assert torch.allclose(dW.double(), wanted, atol=1e-5)
+
+
 def test_padding_never_meets_the_weights():
     W, g = torch.randn(20, 33), torch.randn(2, 33)
     W[0], g[1] = math.nan, math.inf

@@ -44,6 +44,11 @@ LEAVES: tuple[str, ...] = (
     "_encode_copy(Tensor W, Tensor centre, bool bytes) -> (Tensor, Tensor, Tensor)",
     "_encode_digest(Tensor W) -> int",
     "_encode_stages() -> Tensor",
+    "_code_gradients(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor W)"
+    " -> (Tensor, Tensor, Tensor)",
+    "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
+    " Tensor? extra_slot, Tensor[] extra, Tensor(a!)[] state, float lr, float beta1, float beta2,"
+    " float eps, int t) -> ()",
     "_mi_columns(Tensor logits, float scale, Tensor(a!) maximum, Tensor(b!) sum) -> ()",
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",

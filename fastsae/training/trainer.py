@@ -1,15 +1,16 @@
 """The numerics of training one TopK SAE: loss with AuxK, unit-norm decoder, Adam, exact state."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae import ops
 from fastsae.errors import FastsaeError
 from fastsae.sae import SAE, SAEConfig
+from fastsae.training import fused
 from fastsae.training.config import Plan
+from fastsae.training.loss import Loss, sae_loss
 
 _BETAS = (0.9, 0.999)
 # A rare feature's gradients are near 1e-7 under a loss that is a mean over all tokens and
@@ -17,57 +18,19 @@ _BETAS = (0.9, 0.999)
 _EPS = 6.25e-10
 
 
-class Loss(NamedTuple):
-    """One batch's loss and what it is made of."""
-
-    total: Tensor  # [] differentiable
-    error: Tensor  # [] Σ ‖x̂ − x‖²
-    variance: Tensor  # [] Σ ‖x − x̄‖², x̄ the mean of the batch
-    values: Tensor  # [N, k]
-    indices: Tensor  # [N, k] int32
-
-
-def sae_loss(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    k: int,
-    *,
-    kind: str = "fvu",
-    dead: Tensor | None = None,
-    k_aux: int = 1,
-    aux_coefficient: float = 0.0,
-) -> Loss:
-    """‖x̂ − x‖² + c·min(1, |dead| / k_aux)·‖ê − e‖², each normalised as `kind` says.
-
-    x̂ is the TopK reconstruction of x [N, D], e = x − x̂ its residual (a constant in the second
-    term), and ê = Σ a_i W_dec[i] the reconstruction of e from the k_aux largest pre-activations of
-    x among the features dead [m] int64. kind "fvu": sums over the batch divided by Σ ‖x − x̄‖²;
-    "mse": the mean over tokens of the squared error divided by ‖x‖². Both terms train encoder and
-    decoder.
-    """
-    values, indices = ops.encode_topk(x, W_enc, b_enc, k, b_dec=b_dec)
-    error_ND = ops.decode(values, indices, W_dec, b_dec) - x
-    error = error_ND.square().sum()
-    variance = (x - x.mean(0)).square().sum()
-
-    def normalised(difference: Tensor, square: Tensor | None = None) -> Tensor:
-        if kind == "fvu":
-            square = difference.square().sum() if square is None else square
-            return square / variance.clamp(min=torch.finfo(x.dtype).tiny)
-        norms = x.square().sum(-1).clamp(min=torch.finfo(x.dtype).tiny)
-        return (difference.square().sum(-1) / norms).mean()
-
-    total = normalised(error_ND, error)
-    if aux_coefficient and dead is not None and dead.numel():
-        used = min(k_aux, dead.numel())
-        # Only the dead rows take part, so the others need no mask and cost nothing.
-        z, z_indices = ops.encode_topk(x, W_enc[dead], b_enc[dead], used, b_dec=b_dec)
-        aux = normalised(ops.decode(z, z_indices, W_dec[dead]) + error_ND.detach())
-        total = total + aux_coefficient * min(1.0, dead.numel() / k_aux) * aux
-    return Loss(total, error.detach(), variance, values.detach(), indices)
+def autograd_step(x: Tensor, weights: dict, adam: torch.optim.Adam, k: int, **options) -> Loss:
+    """One Adam step on `sae_loss(x, **weights, ...)`; the rows of W_dec keep norm 1."""
+    loss = sae_loss(x, **weights, k=k, **options)
+    adam.zero_grad()
+    loss.total.backward()
+    with torch.no_grad():
+        # Adam must not spend its moments on a radial component that the constraint removes.
+        rows = weights["W_dec"]
+        radial = torch.linalg.vecdot(rows.grad, rows).unsqueeze(1)
+        rows.grad.addcmul_(rows, radial, value=-1)
+        adam.step()
+        rows.div_(rows.norm(dim=-1, keepdim=True))
+    return loss
 
 
 class Trainer:
@@ -139,27 +102,22 @@ class Trainer:
         """One step on raw activations x [N, D] float32."""
         x, w = self.typical(x), self.weights
         dead = (self.idle > self.plan.dead_after_tokens).nonzero()[:, 0]
-        loss = sae_loss(
+        self.adam.param_groups[0]["lr"] = self.plan.lr_at(self.steps_done)
+        one_step = fused.step if fused.serves(x) else autograd_step
+        loss = one_step(
             x * self.scale,
-            **w,
-            k=self.k,
+            w,
+            self.adam,
+            self.k,
             kind=self.loss,
             dead=dead,
             k_aux=self.plan.k_aux,
             aux_coefficient=self.aux_coefficient,
         )
-        self.adam.zero_grad()
-        loss.total.backward()
-        with torch.no_grad():
-            # Adam must not spend its moments on a radial component that the constraint removes.
-            grad, rows = w["W_dec"].grad, w["W_dec"]
-            grad.addcmul_(rows, torch.linalg.vecdot(grad, rows).unsqueeze(1), value=-1)
-            self.adam.param_groups[0]["lr"] = self.plan.lr_at(self.steps_done)
-            self.adam.step()
-            rows.div_(rows.norm(dim=-1, keepdim=True))
-            self._count(loss, len(x))
+        self._count(loss, len(x))
         self.steps_done += 1
 
+    @torch.no_grad()
     def _count(self, loss: Loss, tokens: int) -> None:
         active = loss.values != 0
         # Padding goes to one slot past the end; a scatter needs no synchronisation on a GPU.

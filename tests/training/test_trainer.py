@@ -8,8 +8,9 @@ import torch
 from fastsae.errors import FastsaeError
 from fastsae.sae import SAE, SAEConfig
 from fastsae.training.config import Plan
+from fastsae.training.loss import sae_loss
 from fastsae.training.measure import feature_stats, reconstruction
-from fastsae.training.trainer import Trainer, sae_loss
+from fastsae.training.trainer import Trainer
 
 D, F, K = 16, 48, 4
 
