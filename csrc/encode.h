@@ -62,11 +62,11 @@ struct ScanScratch {
   Panel panel;
 };
 
-constexpr int64_t kRows = 32;  // rows that meet a panel at a time
+constexpr int64_t kScanRows = 32;  // rows that meet a panel at a time
 
 inline int64_t scan_bytes(const EncodeArgs& a) {
   const int64_t rounding = a.tiles && !a.weight_tiles ? (kPanel + 16) * ((a.D + 31) / 32) * 64 : 0;
-  return padded_to(list_bytes(a.capacity), 64) + (kRows + 5) * kPanel * 4 + rounding;
+  return padded_to(list_bytes(a.capacity), 64) + (kScanRows + 5) * kPanel * 4 + rounding;
 }
 
 inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
@@ -74,7 +74,7 @@ inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
   Panel& p = s.panel;
   s.select = select_scratch(memory, a.capacity);
   p.h = (float*)(memory + padded_to(list_bytes(a.capacity), 64));
-  p.norms = p.h + kRows * kPanel;
+  p.norms = p.h + kScanRows * kPanel;
   p.errors = p.norms + kPanel;
   p.products = p.errors + kPanel;
   p.bias = p.products + kPanel;
@@ -135,8 +135,8 @@ void encode_scan(const EncodeArgs& a, int64_t begin, int64_t end) {
     for (int64_t first = range_begin(a, item.range); first < last; first += a.panel) {
       const int64_t width = min64(a.panel, last - first);
       begin_panel<I>(a, first, width, &s.panel);
-      for (int64_t n = item.row_begin; n < item.row_end; n += kRows) {
-        const int64_t rows = min64(kRows, item.row_end - n);
+      for (int64_t n = item.row_begin; n < item.row_end; n += kScanRows) {
+        const int64_t rows = min64(kScanRows, item.row_end - n);
         panel_products<I>(a, n, rows, first, width, s.panel);
         for (int64_t m = n; m < n + rows; ++m) {
           const float* h = s.panel.h + (m - n) * kPanel;
