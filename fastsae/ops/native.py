@@ -1,8 +1,8 @@
 """Every op through the compiled leaf ops `torch.ops.fastsae._*` (sources in csrc/).
 
 Names and signatures are those of fastsae.ops.reference. An exact value always comes from one
-rescoring dot (csrc/dot.h), so results do not depend on the batch, the tile, the screen or the number
-of threads. What is kept of the weights between calls is in screens.py.
+rescoring dot (csrc/dot.h), so results do not depend on the batch, the tile, the screen or the
+number of threads. What is kept of the weights between calls is in screens.py.
 """
 
 import math
@@ -39,7 +39,7 @@ def set_isa(name: str) -> None:
     if not _leaf._set_isa(name):
         raise ValueError(
             f"isa: got {name!r}, accepted are auto, scalar and what this processor has: "
-            f"{', '.join(n for n in ('avx2', 'avx512', 'amx') if cpu_features()[n]) or 'nothing else'}"
+            f"{', '.join(n for n in ('avx2', 'avx512', 'amx') if cpu_features()[n]) or 'no other'}"
         )
 
 

@@ -1,7 +1,8 @@
 """Copies of weights that screens read, and how they are kept from going stale.
 
-A copy (bf16 in AMX tiles for many rows, int8 for a few) only decides which exact values are computed,
-from the weights themselves; but a copy of weights that have changed could leave a member out. So:
+A copy (bf16 in AMX tiles for many rows, int8 for a few) only decides which exact values are
+computed, from the weights themselves; but one of weights that have changed could leave a member
+out. So:
 - a copy is made when the same weights, unchanged, are used for the second time, never while they
   are being trained, and dropped with them: it is keyed by storage, version counter and shape;
 - edits that no version counter sees (`.data`, NumPy) are caught by a digest of one cache line of
@@ -68,6 +69,10 @@ def clear() -> None:
         _seen.clear()
 
 
+def _key(W: Tensor) -> tuple:
+    return W.untyped_storage()._cdata, W.data_ptr(), W.dtype, tuple(W.shape)
+
+
 def find(W: Tensor, kind: str, centre) -> list[Tensor] | None:
     """The copy of W as `_encode_topk` takes it, or None if this call should do without.
 
@@ -77,8 +82,7 @@ def find(W: Tensor, kind: str, centre) -> list[Tensor] | None:
         return None
     if W.requires_grad and torch.is_grad_enabled():
         return None  # about to be trained
-    storage = W.untyped_storage()
-    key = (storage._cdata, W.data_ptr(), W.dtype, tuple(W.shape))
+    storage, key = W.untyped_storage(), _key(W)
     with _lock:
         weights = _seen.get(key)
         if weights is None or weights.storage.expired() or weights.version != W._version:
@@ -89,7 +93,7 @@ def find(W: Tensor, kind: str, centre) -> list[Tensor] | None:
                 del _seen[next(iter(_seen))]
             _seen[key] = _Weights(StorageWeakRef(storage), W._version)
             return None
-        digest = torch.ops.fastsae._encode_digest(W)
+        digest = _digest(W)
         if digest != weights.digest:
             weights.copies.clear()
             weights.digest, weights.centre = digest, None
@@ -99,6 +103,10 @@ def find(W: Tensor, kind: str, centre) -> list[Tensor] | None:
             parts = torch.ops.fastsae._encode_copy(W, weights.centre, kind == "int8")
             weights.copies[kind] = [*parts, weights.centre]
         return weights.copies[kind]
+
+
+def _digest(W: Tensor) -> int:
+    return torch.ops.fastsae._encode_digest(W)
 
 
 def drop(W: Tensor) -> None:

@@ -1,0 +1,178 @@
+"""Screens: lists that overflow, the certificate, and copies of weights that must never be stale."""
+
+import pytest
+import torch
+
+from fastsae import FastsaeError
+from fastsae.ops import extension, screens
+from fastsae.ops.backend import supported
+
+pytestmark = pytest.mark.skipif(
+    "native" not in supported("topk"), reason=f"native: {extension.problem()}"
+)
+
+if extension.problem() is None:
+    from fastsae.ops import native
+
+
+@pytest.fixture(autouse=True)
+def screens_are_tested(monkeypatch):
+    """Small batches skip the screen of many rows; here nine rows are enough for one."""
+    monkeypatch.setattr(native, "DENSE_ROWS", 4)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_more_candidates_than_a_list_holds(isa, rows, monkeypatch, same):
+    """No screen can tell 6000 nearly equal features apart: every value of the row is computed."""
+    monkeypatch.setattr(native, "CANDIDATES", 64)
+    W = torch.randn(1, 50).repeat(6000, 1) * (1 + 1e-6 * torch.randn(6000, 1))
+    x = torch.randn(rows, 50)
+    bias = torch.full((6000,), 30.0)
+    values, indices = native.encode_topk(x, W, bias, 7)
+    monkeypatch.setattr(native, "DENSE_ROWS", 99)
+    same(native.encode_topk(x, W, bias, 7), (values, indices))
+    offsets = native.encode_threshold(x, W, bias, torch.zeros(6000))[2]
+    assert offsets.diff().tolist() == [6000] * rows
+    if isa == "amx":
+        monkeypatch.setattr(native, "DENSE_ROWS", 0)
+        native.encode_topk(x, W, bias, 7)
+        assert native.encode_stages()["full"] > 0, "the test meant to overflow"
+
+
+# --- the certificate ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["normal", "massive"])
+def test_the_screen_stays_within_its_bound(encode_sample, kind, instruction_sets):
+    """|h − ĥ| ≤ ε for what "fast" returns, with the ε of csrc/screen.h; and ε is not absurd."""
+    s = encode_sample(n=64, d=640, f=4500, kind=kind)
+    values, indices = native.encode_topk(s.x, s.W_enc, s.b_enc, 40, s.b_dec, "fast")
+    d = s.x - s.b_dec
+    d = d - d.mean(0)
+    about, W = d.double(), s.W_enc.double()
+    lost = (about - d.bfloat16().double()).norm(dim=1, keepdim=True)
+    bound = lost * W.norm(dim=1) + about.norm(dim=1, keepdim=True) * (
+        1.004 * (W - s.W_enc.bfloat16().double()).norm(dim=1) + 650 * 2.0**-24 * W.norm(dim=1)
+    )
+    h = (s.x.double() - s.b_dec.double()) @ W.T + s.b_enc.double()
+    column, active = indices.long(), values > 0
+    error = (values - h.gather(1, column)).abs()[active]
+    ratio = error / (bound.gather(1, column)[active] + 1e-5)
+    assert float(ratio.max()) <= 1
+    assert float(ratio.max()) > 0.02 or "amx" not in instruction_sets
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Copies are made of small weights too; gone after the test."""
+    monkeypatch.setattr(screens, "SMALLEST", 0)
+    screens.clear()
+    yield screens
+    screens.clear()
+
+
+@pytest.mark.parametrize("kind", ["normal", "massive"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 3, 16, 40])
+def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind, same):
+    s = encode_sample(n=n, d=83, f=2011, kind=kind)
+    W = s.W_enc.to(weights)
+
+    def run():
+        return [
+            *native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec),
+            *native.encode_topk(s.x, W, s.b_enc, 17),
+            *native.encode_threshold(s.x, W, s.b_enc, s.threshold, s.b_dec),
+        ]
+
+    wanted = run()
+    copies.clear()
+    for _ in range(3):
+        same(run(), wanted)
+    many = n > native.DENSE_ROWS and isa == "amx" and weights == torch.float32
+    made = "bf16" if many else "int8" if n <= 16 else None
+    assert copies.total_bytes() == (copies.size(W, made) + 4 * 83 if made else 0)
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_copies_follow_their_weights(encode_sample, copies, isa, n, same):
+    s = encode_sample(n=n, d=83, f=2011)
+    W = s.W_enc.clone()
+
+    def check(W):
+        fresh = native.encode_topk(s.x, W.clone(), s.b_enc, 17, s.b_dec)
+        for _ in range(3):
+            same(native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec), fresh)
+
+    check(W)
+    W[5] = s.x[0] * 9  # the version counter sees it
+    check(W)
+    W.data[1000] = s.x[0] * 9  # only the digest does
+    check(W)
+    W.untyped_storage().copy_(s.W_enc.flip(0).contiguous().untyped_storage())
+    check(W)
+    replacement = -W
+    W.data = replacement
+    check(W)
+    assert copies.total_bytes() > 0 or (n > 16 and isa != "amx")
+    del W, replacement
+    native.encode_topk(s.x, s.W_enc, s.b_enc, 17, s.b_dec)  # the next look clears what is gone
+    assert copies.total_bytes() == 0
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_the_certificate_finds_a_copy_of_other_weights(
+    encode_sample, copies, isa, n, monkeypatch, same
+):
+    """Weights changed behind every counter: exact values outside their bounds give it away."""
+    s = encode_sample(n=n, d=83, f=2011)
+    W = s.W_enc.clone()
+    for _ in range(2):
+        native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+    if copies.total_bytes():
+        digest = screens._digest(W)
+        monkeypatch.setattr(screens, "_digest", lambda W: digest)
+    W.data.mul_(1.5)
+    fresh = native.encode_topk(s.x, W.clone(), s.b_enc, 17, s.b_dec)
+    same(native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec), fresh)
+    assert copies.total_bytes() == 0
+
+
+def test_no_copy_while_weights_are_trained(encode_sample, copies):
+    s = encode_sample(n=2, d=83, f=2011)
+    W = s.W_enc.clone().requires_grad_()
+    for _ in range(3):
+        native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+    assert copies.total_bytes() == 0
+    with torch.no_grad():
+        for _ in range(2):
+            native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+    assert copies.total_bytes() > 0
+
+
+def test_copies_can_be_turned_off(encode_sample, copies, monkeypatch):
+    s = encode_sample(n=2, d=83, f=2011)
+    monkeypatch.setenv("FASTSAE_SCREENS", "0")
+    for _ in range(3):
+        native.encode_topk(s.x, s.W_enc, s.b_enc, 17)
+    assert copies.total_bytes() == 0
+    monkeypatch.setenv("FASTSAE_SCREENS", "yes")
+    with pytest.raises(FastsaeError, match="FASTSAE_SCREENS: got 'yes', expected 0 or 1"):
+        native.encode_topk(s.x, s.W_enc, s.b_enc, 17)
+
+
+@pytest.mark.parametrize("edit", ["in_place", "data", "element", "storage"])
+def test_any_edit_of_small_weights_is_seen(sae, edit, same):
+    s, W = sae, sae.W_enc.clone()
+    native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+    if edit == "in_place":
+        W.mul_(-1)
+    elif edit == "data":
+        W.data[1000] = s.x[0] * 9
+    elif edit == "element":
+        W.numpy()[1003, 4] = 1e4
+    else:
+        replacement = s.W_enc.flip(0).contiguous()
+        W.untyped_storage().copy_(replacement.untyped_storage())
+    fresh = native.encode_topk(s.x, W.clone(), s.b_enc, 17, s.b_dec)
+    same(native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec), fresh)
