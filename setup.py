@@ -54,6 +54,7 @@ def ops(cpp_extension, cuda: bool) -> Extension:
     """The tensor ops: no Python, no ATen, torch's stable ABI; loaded by torch.ops.load_library."""
     # No contraction: which product of a sum is fused must not be the compiler's choice.
     flags = ["-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", STABLE_ABI]
+    flags += ["-fno-trapping-math"]  # nobody reads exception flags: comparisons may vectorise
     # GCC 12's own AVX-512 headers set these warnings off.
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     sources, kind = [f"csrc/{name}.cpp" for name in SOURCES], cpp_extension.CppExtension

@@ -122,6 +122,29 @@ inline void panel_products(const EncodeArgs& a, int64_t n, int64_t rows, int64_t
   }
 }
 
+// All features of a range meet rows [begin, end).
+template <class I>
+inline void scan_rows(const EncodeArgs& a, int64_t range, int64_t begin, int64_t end,
+                      ScanScratch* s) {
+  const int64_t last = range_begin(a, range + 1);
+  for (int64_t first = range_begin(a, range); first < last; first += a.panel) {
+    const int64_t width = min64(a.panel, last - first);
+    begin_panel<I>(a, first, width, &s->panel);
+    for (int64_t n = begin; n < end; n += kScanRows) {
+      const int64_t rows = min64(kScanRows, end - n);
+      panel_products<I>(a, n, rows, first, width, s->panel);
+      for (int64_t m = n; m < n + rows; ++m) {
+        const float* h = s->panel.h + (m - n) * kPanel;
+        if (a.tiles || a.words) {
+          offer<I, true>(a, s->panel, m, range, first, width, h, s->select);
+        } else {
+          offer<I, false>(a, s->panel, m, range, first, width, h, s->select);
+        }
+      }
+    }
+  }
+}
+
 template <class I>
 void encode_scan(const EncodeArgs& a, int64_t begin, int64_t end) {
   Memory memory(scan_bytes(a));
@@ -131,22 +154,12 @@ void encode_scan(const EncodeArgs& a, int64_t begin, int64_t end) {
   }
   for (int64_t i = begin; i < end; ++i) {
     const Item item = item_of(a, i);
-    const int64_t last = range_begin(a, item.range + 1);
-    for (int64_t first = range_begin(a, item.range); first < last; first += a.panel) {
-      const int64_t width = min64(a.panel, last - first);
-      begin_panel<I>(a, first, width, &s.panel);
-      for (int64_t n = item.row_begin; n < item.row_end; n += kScanRows) {
-        const int64_t rows = min64(kScanRows, item.row_end - n);
-        panel_products<I>(a, n, rows, first, width, s.panel);
-        for (int64_t m = n; m < n + rows; ++m) {
-          const float* h = s.panel.h + (m - n) * kPanel;
-          if (a.tiles || a.words) {
-            offer<I, true>(a, s.panel, m, item.range, first, width, h, s.select);
-          } else {
-            offer<I, false>(a, s.panel, m, item.range, first, width, h, s.select);
-          }
-        }
-      }
+    // Reading a copy of the weights again costs less than rows that do not stay in L2; rounding
+    // the weights again would not.
+    const int64_t all = item.row_end - item.row_begin, fit = (1 << 20) / (2 * a.D) / 32 * 32;
+    const int64_t step = a.weight_tiles ? max64(64, fit) : max64(1, all);
+    for (int64_t n = item.row_begin; n < item.row_end; n += step) {
+      scan_rows<I>(a, item.range, n, min64(n + step, item.row_end), &s);
     }
   }
   if constexpr (I::kTiles) {
