@@ -39,10 +39,10 @@ inline void exact_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t fi
       const float* x[X];
       for (int r = 0; r < R; ++r) w[r] = W + min64(f + r, width - 1) * a.D;
       if (rows - i == 1) {
-        dot_rows<I, R>(a.centred + (n + i) * a.D, w, a.D, h + i * kPanel + f);
+        dot_rows<I, R>(a.centred + (n + i) * a.stride, w, a.D, h + i * kPanel + f);
         continue;
       }
-      for (int r = 0; r < X; ++r) x[r] = a.centred + (n + min64(i + r, rows - 1)) * a.D;
+      for (int r = 0; r < X; ++r) x[r] = a.centred + (n + min64(i + r, rows - 1)) * a.stride;
       dot_block<I>(x, w, a.D, h + i * kPanel + f, kPanel);
     }
   }
@@ -174,36 +174,33 @@ void encode_plan(const EncodeArgs& a, int64_t begin, int64_t end, bool first) {
   for (int64_t n = begin; n < end; ++n) plan_row<I>(a, n, first, s);
 }
 
-// The planned dots of one item. Blocks of features whose weights fit in L2, row by row inside a
-// block: weights come from memory once. Eight dots at a time, for their loads are far apart.
+// The planned dots of one item in feature order, so that weights come from memory once; eight at a
+// time, for their rows are far apart.
 template <class I, class T>
 inline void rescore_item(const EncodeArgs& a, const Item& item) {
-  constexpr int64_t kBlockBytes = 768 << 10;
   constexpr int kTogether = 8;
   const int64_t D = a.D, from = range_begin(a, item.range);
-  const int64_t width = max64(1, kBlockBytes / (D * (int64_t)sizeof(T)));
-  const int64_t blocks = (range_begin(a, item.range + 1) - from) / width + 1;
+  const int64_t features = range_begin(a, item.range + 1) - from;
   int64_t total = 0;
   for (int64_t n = item.row_begin; n < item.row_end; ++n) {
     total += list_of(a, n, item.range).tally->todo;
   }
   if (total == 0) return;
-  Memory memory(8 * (blocks + 2) + 12 * (total + kTogether));
-  int64_t* next = (int64_t*)memory.data;  // [blocks + 2]: where a block's dots go, block b at b + 1
-  int32_t* row = (int32_t*)(next + blocks + 2);
+  Memory memory(4 * (features + 2) + 12 * (total + kTogether));
+  int32_t* next = (int32_t*)memory.data;  // where the dots of feature f go, at f + 1
+  int32_t* row = next + features + 2;
   int32_t* column = row + total + kTogether;
   float* dots = (float*)(column + total + kTogether);
-  memset(next, 0, (size_t)(blocks + 2) * 8);
+  memset(next, 0, (size_t)(features + 2) * 4);
   for (int64_t n = item.row_begin; n < item.row_end; ++n) {
     const List l = list_of(a, n, item.range);
-    for (int32_t i = 0; i < l.tally->todo; ++i) ++next[(l.index[l.todo[i]] - from) / width + 2];
+    for (int32_t i = 0; i < l.tally->todo; ++i) ++next[l.index[l.todo[i]] - from + 2];
   }
-  for (int64_t b = 0; b < blocks; ++b) next[b + 2] += next[b + 1];
+  for (int64_t f = 0; f < features; ++f) next[f + 2] += next[f + 1];
   for (int64_t n = item.row_begin; n < item.row_end; ++n) {
     const List l = list_of(a, n, item.range);
     for (int32_t i = 0; i < l.tally->todo; ++i) {
-      const int32_t f = l.index[l.todo[i]];
-      const int64_t at = next[(f - from) / width + 1]++;
+      const int32_t f = l.index[l.todo[i]], at = next[f - from + 1]++;
       row[at] = (int32_t)n;
       column[at] = f;
     }
@@ -216,24 +213,24 @@ inline void rescore_item(const EncodeArgs& a, const Item& item) {
     const float* x[kTogether];
     const T* w[kTogether];
     for (int64_t i = 0; i < kTogether; ++i) {
-      x[i] = a.centred + row[e + i] * D;
+      x[i] = a.centred + row[e + i] * a.stride;
       w[i] = (const T*)a.W + column[e + i] * D;
     }
     dot_pairs<I, kTogether>(x, w, D, dots + e);
   }
-  // The blocks fill once more in the same order, now at next[b].
+  // The features fill once more in the same order, now at next[f].
   for (int64_t n = item.row_begin; n < item.row_end; ++n) {
     const List l = list_of(a, n, item.range);
     for (int32_t i = 0; i < l.tally->todo; ++i) {
-      const int32_t f = l.index[l.todo[i]];
-      const float h = dots[next[(f - from) / width]++] + a.b_enc[f], screened = l.h[l.todo[i]];
+      const int32_t at = l.todo[i], f = l.index[at];
+      const float h = dots[next[f - from]++] + a.b_enc[f];
       // Comparing rounds as well; NaN and infinity are no evidence.
-      const float bound = l.error[l.todo[i]] + 0x1p-20f * __builtin_fabsf(h);
-      if (__builtin_fabsf(h - screened) > bound && __builtin_fabsf(h) < kHuge) {
+      const float bound = l.error[at] + 0x1p-20f * __builtin_fabsf(h);
+      if (__builtin_fabsf(h - l.h[at]) > bound && __builtin_fabsf(h) < kHuge) {
         __atomic_store_n(a.stale, (uint8_t)1, __ATOMIC_RELAXED);
       }
-      l.h[l.todo[i]] = h;
-      l.error[l.todo[i]] = 0;
+      l.h[at] = h;
+      l.error[at] = 0;
     }
   }
 }

@@ -89,7 +89,8 @@ struct CentreArgs {
   const float* b_dec;   // [D] or null
   const float* centre;  // [D] or null: the screen is taken about it
   double centre_norm;
-  float* centred;  // [N, D]: x - b_dec
+  float* centred;  // [N, D]: x - b_dec, rows `stride` apart
+  int64_t stride;
   bf16* tiles;     // centred - centre in bf16, tiles of 16 rows x 32 columns, or null
   int16_t* words;  // centred - centre in int16 with word_scale [N], rows padded to 64, or null
   float* word_scale;
@@ -121,7 +122,8 @@ struct EncodeArgs {
   const float* b_enc;      // [F]
   const float* threshold;  // [F], encode_threshold only
   int64_t N, F, D, k;
-  const float* centred;  // [N, D]
+  const float* centred;  // [N, D], rows `stride` apart
+  int64_t stride;
   // Of the screen; without tiles and words, values are exact throughout.
   const bf16* tiles;     // of CentreArgs, whole blocks of 32 rows
   const int16_t* words;  // of CentreArgs, with room for three more rows

@@ -52,7 +52,7 @@ struct Plan {
     // Exact lists of a top-k shrink to k; those of a threshold may need every feature.
     wanted = a.threshold ? (screen == Screen::none ? width : candidates) : std::max(candidates, 4 * a.k);
     capacity = (std::min(width, wanted) + kPanelRoom + 15) / 16 * 16;
-    const int64_t row = ranges * (capacity * 16 + (int64_t)sizeof(Tally)) + 6 * (a.D + 32) + 64;
+    const int64_t row = ranges * (capacity * 16 + (int64_t)sizeof(Tally)) + 6 * (a.D + 32) + 144;
     tile = std::max<int64_t>(1, workspace / row);
     if (tile > 32) tile = tile / 32 * 32;
   }
@@ -99,7 +99,7 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   const int64_t D = a.D, padded = (rows + 31) / 32 * 32, steps = (D + 31) / 32;
   const int64_t lists = rows * plan.ranges;
   Workspace w((size_t)(lists * (plan.capacity * 16 + (int64_t)sizeof(Tally)) +
-                       padded * (4 * D + steps * 64 + 16) + 8 * D + 4096));
+                       padded * (4 * D + steps * 64 + 144) + 8 * D + 4096));
   a.N = rows;
   a.ranges = plan.ranges;
   a.groups = std::min(plan.groups, (rows + 31) / 32);
@@ -122,7 +122,9 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
     c.x = (const char*)p.x + (size_t)(first * D) * bytes_of(p.x_type);
     c.x_type = p.x_type;
     c.b_dec = p.b_dec;
-    c.centred = w.take<float>((size_t)(rows * D));
+    // Not a power of two, or many rows would meet in one set of the cache.
+    c.stride = (D + 15) / 16 * 16 + 16;
+    c.centred = w.take<float>((size_t)(rows * c.stride));
     c.D = D;
     if (screen != Screen::none) {
       c.bounds = w.take<float>((size_t)(2 * rows));
@@ -146,6 +148,7 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
     }
   }
   a.centred = c.centred;
+  a.stride = c.stride;
   a.tiles = c.tiles;
   a.words = c.words;
   a.word_scale = c.word_scale;

@@ -112,7 +112,7 @@ void centre_rows(const CentreArgs& a, int64_t begin, int64_t end) {
   const double screened = ((double)D + 8.0) * 0x1p-24, rescored = (double)(D / 32 + 8) * 0x1p-24;
   const double flushed = __builtin_sqrt((double)D) * kSmallest;
   for (int64_t n = begin; n < end; ++n) {
-    float* row = a.centred + n * D;
+    float* row = a.centred + n * a.stride;
     read_row(a.x, a.x_type, n * D, D, row);
     if (a.b_dec) {
       for (int64_t j = 0; j < D; ++j) row[j] -= a.b_dec[j];
