@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastsae.ops import backend, extension
+from fastsae.ops import backend, extension, screens
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "gguf", "wordfreq")
 
@@ -69,6 +69,7 @@ def describe() -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "extension": extension.problem() or "loaded",
         "build": extension.build_info(),
+        "screen_copies": "made when needed" if screens.enabled() else "off (FASTSAE_SCREENS=0)",
         "ops": ops,
     }
 
@@ -87,6 +88,7 @@ def as_text(found: dict) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{k}={v}" for k, v in value.items())
         lines.append(f"           {name}: {value}")
+    lines.append(f"copies of weights for screens: {found['screen_copies']}")
     for device, ops in found["ops"].items():
         lines += ["", f"{'op on ' + device:24}{'backend':12}reason"]
         lines += [f"{op:24}{row['name']:12}{row['reason']}" for op, row in ops.items()]

@@ -5,13 +5,17 @@ from typing import Any
 
 import torch
 
+from fastsae.ops import screens
 from fastsae.sae import SAE
 
 
 def describe(
     path_or_repo: str | Path, sae_id: str | None = None, *, revision: str | None = None
 ) -> dict[str, Any]:
-    """Shapes, activation, hook point, norms, size and feature statistics of an SAE checkpoint."""
+    """Shapes, activation, hook point, norms, size and feature statistics of an SAE checkpoint.
+
+    Sizes are in bytes. `screen_copies_on_a_cpu` is what encoding on a CPU may add to the weights.
+    """
     sae = SAE.from_pretrained(path_or_repo, sae_id, revision=revision)
     c = sae.config
     state = {name: t.detach() for name, t in sae.state_dict().items()}
@@ -26,6 +30,7 @@ def describe(
         "apply_b_dec_to_input": c.apply_b_dec_to_input,
         "parameters": sum(t.numel() for t in state.values()),
         "bytes_in_memory": sum(t.numel() * t.element_size() for t in state.values()),
+        "screen_copies_on_a_cpu": _screen_copies(state["W_enc"]),
         "norms": {
             "W_enc rows": _spread(state["W_enc"].norm(dim=1)),
             "W_dec rows": _spread(state["W_dec"].norm(dim=1)),
@@ -47,6 +52,19 @@ def describe(
             "max activation of alive features": _spread(sae.stats.max[alive]),
         }
     return found
+
+
+def _screen_copies(W_enc: torch.Tensor) -> dict[str, Any]:
+    """Bytes that encoding may add to the weights, made lazily: see fastsae.ops.screens."""
+    if W_enc.nbytes < screens.SMALLEST:
+        return {"bf16": 0, "int8": 0, "why": "weights this small are read as they are"}
+    tiled = W_enc.dtype == torch.float32
+    return {
+        "bf16": screens.size(W_enc, "bf16") if tiled else 0,
+        "int8": screens.size(W_enc, "int8"),
+        "why": "bf16 for more than 32 rows at a time (AMX only), int8 for up to 16; "
+        "FASTSAE_SCREENS=0 does without",
+    }
 
 
 def _spread(values: torch.Tensor) -> dict[str, float]:

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+import fastsae
 from fastsae import FastsaeError
+from fastsae.formats.describe import describe
 from fastsae.ops import extension, screens
 from fastsae.ops.backend import supported
 
@@ -176,3 +178,20 @@ def test_any_edit_of_small_weights_is_seen(sae, edit, same):
         W.untyped_storage().copy_(replacement.untyped_storage())
     fresh = native.encode_topk(s.x, W.clone(), s.b_enc, 17, s.b_dec)
     same(native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec), fresh)
+
+
+def test_inspect_counts_the_copies_that_encoding_makes(copies, tmp_path, instruction_sets):
+    sae = fastsae.SAE(fastsae.SAEConfig(d_in=70, d_sae=500, k=9)).eval()
+    sae.save_pretrained(tmp_path)
+    counted = describe(tmp_path)["screen_copies_on_a_cpu"]
+    centres = 4 * 70
+    with torch.no_grad():
+        for _ in range(2):
+            sae.encode(torch.randn(2, 70))
+        assert copies.total_bytes() == counted["int8"] + centres
+        for _ in range(2):
+            sae.encode(torch.randn(40, 70))
+    tiled = (counted["bf16"] + centres) * ("amx" in instruction_sets)
+    assert copies.total_bytes() == counted["int8"] + centres + tiled
+    copies.SMALLEST = 1 << 40
+    assert describe(tmp_path)["screen_copies_on_a_cpu"]["int8"] == 0
