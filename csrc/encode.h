@@ -27,23 +27,28 @@ inline Item item_of(const EncodeArgs& a, int64_t i) {
 
 inline int64_t list_bytes(int64_t n) { return select_bytes(n) + 64; }
 
-// h [rows, kPanel] of rescoring dots.
+// h [rows, kPanel] of rescoring dots. A few weight rows stay in L1 while all rows of x pass.
 template <class I, class T>
 inline void exact_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first, int64_t width,
                         float* h) {
   constexpr int X = I::kBlockX, R = I::kBlockW;
+  constexpr int64_t kStay = 32 << 10;
   const T* W = (const T*)a.W + first * a.D;
-  for (int64_t i = 0; i < rows; i += X) {
-    for (int64_t f = 0; f < width; f += R) {
-      const T* w[R];
-      const float* x[X];
-      for (int r = 0; r < R; ++r) w[r] = W + min64(f + r, width - 1) * a.D;
-      if (rows - i == 1) {
-        dot_rows<I, R>(a.centred + (n + i) * a.stride, w, a.D, h + i * kPanel + f);
-        continue;
+  const int64_t stay = max64(R, kStay / (a.D * (int64_t)sizeof(T)) / R * R);
+  for (int64_t begin = 0; begin < width; begin += stay) {
+    const int64_t end = min64(begin + stay, width);
+    for (int64_t i = 0; i < rows; i += X) {
+      for (int64_t f = begin; f < end; f += R) {
+        const T* w[R];
+        const float* x[X];
+        for (int r = 0; r < R; ++r) w[r] = W + min64(f + r, width - 1) * a.D;
+        if (rows - i == 1) {
+          dot_rows<I, R>(a.centred + (n + i) * a.stride, w, a.D, h + i * kPanel + f);
+          continue;
+        }
+        for (int r = 0; r < X; ++r) x[r] = a.centred + (n + min64(i + r, rows - 1)) * a.stride;
+        dot_block<I>(x, w, a.D, h + i * kPanel + f, kPanel);
       }
-      for (int r = 0; r < X; ++r) x[r] = a.centred + (n + min64(i + r, rows - 1)) * a.stride;
-      dot_block<I>(x, w, a.D, h + i * kPanel + f, kPanel);
     }
   }
 }

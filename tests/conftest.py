@@ -101,7 +101,8 @@ def relayout():
 
 @pytest.fixture(scope="session")
 def activations():
-    """x [*lead, D] of unit RMS row norm; "massive" puts half of ‖x‖² into 8 dimensions."""
+    """x [*lead, D] of unit RMS row norm; "massive" puts half of ‖x‖² into 8 dimensions, "heavy"
+    has the tails of a cubed normal."""
 
     def activations(*shape: int, dtype=torch.float32, device="cpu", kind="normal", seed=0):
         draw = torch.Generator().manual_seed(seed)
@@ -110,6 +111,8 @@ def activations():
             big = x[..., : min(8, shape[-1])]
             rest = x[..., big.shape[-1] :].norm(dim=-1, keepdim=True)
             big.mul_(rest / big.norm(dim=-1, keepdim=True).clamp(min=1e-9))
+        if kind == "heavy":
+            x = torch.nn.functional.normalize(x**3, dim=-1)
         if kind == "integers":
             x = torch.randint(-3, 4, shape, generator=draw)
         return x.to(dtype=dtype, device=device)

@@ -88,6 +88,20 @@ def test_topk_across_tiles(encode_sample, as_good_as_torch, n, d, f, k, device, 
     check_topk(encode_sample(n, d, f, device=device), k, backend, as_good_as_torch)
 
 
+@pytest.mark.parametrize("kind", ["normal", "massive", "heavy"])
+@pytest.mark.parametrize("d", [7, 641, 1111, 2304, 5376])
+def test_topk_many_rows(encode_sample, as_good_as_torch, d, kind, device, backend):
+    """Enough rows for the screens of every backend, at widths of real models and odd ones."""
+    s = encode_sample(40, d, 1501, kind=kind, device=device)
+    check_topk(s, 19, backend, as_good_as_torch)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("k", [1, 700, 1500, 1501])
+def test_topk_every_size_of_k(encode_sample, as_good_as_torch, n, k, device, backend):
+    check_topk(encode_sample(n, 64, 1501, device=device), k, backend, as_good_as_torch)
+
+
 @pytest.mark.parametrize("k", [1, 130, 131])
 def test_topk_extreme_k(encode_sample, as_good_as_torch, k, device, backend):
     check_topk(encode_sample(device=device), k, backend, as_good_as_torch)

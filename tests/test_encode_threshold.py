@@ -50,6 +50,13 @@ def test_threshold_types(encode_sample, as_good_as_torch, mixed, device, backend
     check_threshold(s, backend, as_good_as_torch)
 
 
+@pytest.mark.parametrize("kind", ["normal", "massive", "heavy"])
+@pytest.mark.parametrize("d", [7, 641, 2304, 5376])
+def test_threshold_many_rows(encode_sample, as_good_as_torch, d, kind, device, backend):
+    s = encode_sample(40, d, 1501, kind=kind, device=device)
+    check_threshold(s, backend, as_good_as_torch)
+
+
 def test_threshold_massive_activations(encode_sample, as_good_as_torch, device, backend):
     s = encode_sample(11, 96, 260, kind="massive", device=device)
     s.x[:, :8] += 300 * s.x[:1, :8].sign()

@@ -62,7 +62,7 @@ def _screen_copies(W_enc: torch.Tensor) -> dict[str, Any]:
     return {
         "bf16": screens.size(W_enc, "bf16") if tiled else 0,
         "int8": screens.size(W_enc, "int8"),
-        "why": "bf16 for more than 32 rows at a time (AMX only), int8 for up to 16; "
+        "why": "bf16 for more than 8 rows at a time (AMX only), int8 for fewer; "
         "FASTSAE_SCREENS=0 does without",
     }
 

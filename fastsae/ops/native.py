@@ -13,8 +13,9 @@ from torch import Tensor
 from fastsae.ops import extension, screens
 from fastsae.ops.reference import full_precision
 
-DENSE_ROWS = 32  # up to here all fp32 dots cost less than rounding W for a screen
-BYTE_ROWS = 16  # up to here reading an int8 copy of W beats both
+DENSE_ROWS = 16  # up to here all fp32 dots cost less than rounding W for a screen
+TILE_ROWS = 8  # up to here reading an int8 copy of W beats reading one in bf16
+DENSE_SHARE = 5  # from k = F / 5 on all fp32 dots, side by side, cost less than those of a screen
 CANDIDATES = 512  # entries of a candidate list, at least; rows with more compute every dot
 WORKSPACE = 44 << 20  # bytes that encoding may use for a tile of rows
 MI_CHUNK_BYTES = 16 << 20  # logits of one chunk of features
@@ -68,39 +69,47 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, F: int) -> tuple[Te
 
 def encode_topk(x, W_enc, b_enc, k, b_dec=None, precision="exact") -> tuple[Tensor, Tensor]:
     exact = precision == "exact"
+    shift = None if b_dec is None else b_dec.float()
 
     def run(*screen):
         return _leaf._encode_topk(x, W_enc, b_enc.float(), shift, k, exact, *screen)
 
-    shift = None if b_dec is None else b_dec.float()
-    return _screened(run, x, W_enc, shift, always=not exact)
-
-
-def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Tensor, Tensor]:
-    def run(*screen):
-        return _leaf._encode_threshold(x, W_enc, b_enc.float(), shift, threshold.float(), *screen)
-
-    shift = None if b_dec is None else b_dec.float()
+    if not exact:
+        return run(True, [], CANDIDATES, WORKSPACE)[:2]
+    if k * DENSE_SHARE >= W_enc.shape[0]:
+        return run(False, [], CANDIDATES, WORKSPACE)[:2]
     return _screened(run, x, W_enc, shift)
 
 
-def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None, always: bool = False):
-    """run(screen, copy, CANDIDATES, WORKSPACE) with the cheapest screen, and without its result's
-    last entry: whether every value lay within its bound."""
+def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Tensor, Tensor]:
+    shift = None if b_dec is None else b_dec.float()
+
+    def run(*screen):
+        return _leaf._encode_threshold(x, W_enc, b_enc.float(), shift, threshold.float(), *screen)
+
+    return _screened(run, x, W_enc, shift)
+
+
+def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors of run(screen, copy, CANDIDATES, WORKSPACE) with the cheapest screen.
+
+    The last thing that `run` returns is whether every value lay within its bound.
+    """
 
     def centre():
         mean = x.float().mean(0) - (0 if b_dec is None else b_dec)
         return torch.where(mean.isfinite(), mean, 0)
 
-    many, copy = x.shape[0] > DENSE_ROWS, None
-    if many and isa() == "amx" and W.dtype == torch.float32:
+    n, tiles = x.shape[0], isa() == "amx"
+    copy = None
+    if tiles and n > TILE_ROWS and W.dtype == torch.float32:
         copy = screens.find(W, "bf16", centre)
-    elif 0 < x.shape[0] <= BYTE_ROWS and not always:
+    elif 0 < n <= (TILE_ROWS if tiles else DENSE_ROWS):
         copy = screens.find(W, "int8", centre)
-    *result, certain = run(many or always, copy or [], CANDIDATES, WORKSPACE)
+    *result, certain = run(n > DENSE_ROWS, copy or [], CANDIDATES, WORKSPACE)
     if not certain:
         screens.drop(W)
-        *result, certain = run(many or always, [], CANDIDATES, WORKSPACE)
+        *result, certain = run(n > DENSE_ROWS, [], CANDIDATES, WORKSPACE)
         if not certain:
             raise RuntimeError("encode: a value lies outside its certified bound; report this bug")
     return tuple(result)

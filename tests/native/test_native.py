@@ -23,6 +23,7 @@ if extension.problem() is None:
 def screens_are_tested(monkeypatch):
     """Small batches skip the screen; here nine rows are enough for one."""
     monkeypatch.setattr(native, "DENSE_ROWS", 4)
+    monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
 def every_op(sae):
@@ -106,6 +107,7 @@ def test_batch_sizes_give_the_same_bits(sae, isa, n, same):
     [
         ("DENSE_ROWS", 0),  # always a screen
         ("DENSE_ROWS", 99),  # never one
+        ("DENSE_SHARE", 99),  # nor here
         ("CANDIDATES", 1),  # lists are full early
         ("WORKSPACE", 1),  # one row at a time
         ("WORKSPACE", 100_000),  # a few rows at a time

@@ -19,8 +19,9 @@ if extension.problem() is None:
 
 @pytest.fixture(autouse=True)
 def screens_are_tested(monkeypatch):
-    """Small batches skip the screen of many rows; here nine rows are enough for one."""
+    """Small batches skip screens; here few rows are enough."""
     monkeypatch.setattr(native, "DENSE_ROWS", 4)
+    monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
 @pytest.mark.parametrize("rows", [3, 70])
@@ -75,7 +76,7 @@ def copies(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["normal", "massive"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 3, 16, 40])
+@pytest.mark.parametrize("n", [1, 3, 8, 40])
 def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind, same):
     s = encode_sample(n=n, d=83, f=2011, kind=kind)
     W = s.W_enc.to(weights)
@@ -91,8 +92,9 @@ def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind,
     copies.clear()
     for _ in range(3):
         same(run(), wanted)
-    many = n > native.DENSE_ROWS and isa == "amx" and weights == torch.float32
-    made = "bf16" if many else "int8" if n <= 16 else None
+    tiles = isa == "amx" and weights == torch.float32 and n > native.TILE_ROWS
+    few = n <= (native.TILE_ROWS if isa == "amx" else native.DENSE_ROWS)
+    made = "bf16" if tiles else "int8" if few else None
     assert copies.total_bytes() == (copies.size(W, made) + 4 * 83 if made else 0)
 
 
