@@ -46,9 +46,10 @@ def served(op: str, device: str, dtype, call: Callable) -> dict[str, Callable]:
 
 
 def topk_case(device: str, N: int, F: int, k: int, dtype, state: str = "cold") -> Case:
-    """state "cold": every call meets rows that left the last-level cache; "hot": the same rows."""
+    """state "cold": every call meets rows that left the last-level cache; "cold L2": that left the
+    caches of the cores, four times 16 MB in turn; "hot": the same rows."""
     row_bytes = F * dtype.itemsize
-    copies = 1
+    copies = 4 if state == "cold L2" and device == "cpu" else 1
     if state == "cold" and device == "cpu":
         copies = math.ceil(1.25 * last_level_cache_bytes() / (N * row_bytes))
     xs = [randn(N, F, device=device, dtype=dtype, seed=i) for i in range(copies)]

@@ -49,7 +49,7 @@ def cpu_cases(quick: bool) -> list[tuple]:
         cases += [(encode_topk_case, (1, 512, 8192, 32, dtype)) for dtype in (F32, BF16)]
         return [*cases, (mi_topk_case, (1024, 1000, 256)), (steer_case, (1, 512, 16, F32))]
     few, low = ("C", "C4", "E"), SHAPES.items()
-    cases += [(topk_case, (64, 65536, 32, F32, state)) for state in ("cold", "hot")]
+    cases += [(topk_case, (64, 65536, 32, F32, state)) for state in ("cold", "cold L2", "hot")]
     cases += [(encode_topk_case, (*shape, F32)) for _, shape in low]
     cases += [(encode_topk_case, (*SHAPES[name], BF16)) for name in few]
     cases += [(encode_topk_case, (*SHAPES[name], F32, True)) for name in ("A", "C")]

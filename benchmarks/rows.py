@@ -14,8 +14,8 @@ class Row:
 
     `ratio` is p50 over the p50 of `base` in the same run: 0.5 takes half its time. `peak_mb` is
     what a warm call takes beyond what was there before it, its result (`output_mb`) included;
-    `kept_mb` is what the first call left allocated beside its result, such as a screening copy of
-    the weights. `provider` "native" and "triton" are fastsae's backends.
+    `kept_mb` is what the first calls left allocated beside their result, such as a screening copy
+    of the weights. `provider` "native" and "triton" are fastsae's backends.
     """
 
     op: str

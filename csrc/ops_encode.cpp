@@ -370,6 +370,8 @@ Tensor encode_stages() {
   return seconds;
 }
 
+int64_t release() { return (int64_t)release_workspaces(); }
+
 }  // namespace
 }  // namespace fastsae
 
@@ -382,4 +384,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CompositeExplicitAutograd, m) {
   m.impl("_encode_stages", TORCH_BOX(&fastsae::encode_stages));
+  m.impl("_release_workspaces", TORCH_BOX(&fastsae::release));
 }

@@ -76,4 +76,18 @@ Workspace::~Workspace() {
   for (const Block& block : dropped) std::free(block.data);
 }
 
+size_t release_workspaces() {
+  Pool& p = pool();
+  std::vector<Block> dropped;
+  size_t bytes;
+  {
+    std::lock_guard<std::mutex> lock(p.mutex);
+    dropped.swap(p.blocks);
+    bytes = p.bytes;
+    p.bytes = 0;
+  }
+  for (const Block& block : dropped) std::free(block.data);
+  return bytes;
+}
+
 }  // namespace fastsae

@@ -25,4 +25,6 @@ class Workspace {
   size_t bytes_, used_ = 0;
 };
 
+size_t release_workspaces();  // frees what no call uses now; returns its bytes
+
 }  // namespace fastsae

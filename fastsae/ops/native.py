@@ -115,6 +115,11 @@ def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, 
     return tuple(result)
 
 
+def release_workspaces() -> int:
+    """Gives back memory that ops keep for their next call (at most 64 MB); returns its bytes."""
+    return _leaf._release_workspaces()
+
+
 def encode_stages() -> dict[str, float]:
     """Seconds that the stages of this thread's last encode took; see csrc/encode.h.
 

@@ -44,6 +44,7 @@ LEAVES: tuple[str, ...] = (
     "_encode_copy(Tensor W, Tensor centre, bool bytes) -> (Tensor, Tensor, Tensor)",
     "_encode_digest(Tensor W) -> int",
     "_encode_stages() -> Tensor",
+    "_release_workspaces() -> int",
     "_code_gradients(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor W)"
     " -> (Tensor, Tensor, Tensor)",
     "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
