@@ -1,4 +1,4 @@
-// Bindings of decode, its gradients, the training step, and steer; schemas in fastsae/ops/schema.py.
+// Bindings of decode, its gradients and the training step; schemas in fastsae/ops/schema.py.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -321,50 +321,6 @@ void train_rows(const Tensor& values, const Tensor& indices, const Tensor& g, co
   kernels().adam_vector(a.adam, grad.data(), b_dec, D);
 }
 
-Tensor steer_rows(const Tensor& x, const Tensor& slots, const Tensor& strengths,
-                  std::vector<Tensor> table) {
-  check(x, "x", 2);
-  STD_TORCH_CHECK(table.size() == 14, "table: expected the 14 fields of SteerTable");
-  const int64_t N = x.size(0), D = x.size(1), R = table[0].size(0), S = table[4].size(0);
-  SteerArgs s{};
-  SteerTableArgs& t = s.table;
-  t.R = R;
-  t.S = S;
-  t.P = table[4].size(1);
-  t.items = table[8].size(0);
-  t.enc = floats(table[0], "enc", 2, D);
-  t.bias = floats(table[1], "bias", 1, R);
-  t.theta = floats(table[2], "theta", 1, R);
-  t.dec = floats(table[3], "dec", 2, D);
-  t.op_kind = ints(table[4], "op_kind", 2, t.P);
-  t.op_begin = ints(table[5], "op_begin", 2, t.P);
-  t.op_end = ints(table[6], "op_end", 2, t.P);
-  t.op_scalar = floats(table[7], "op_scalar", 2, t.P);
-  t.item_row = ints(table[8], "item_row", 1, t.items);
-  t.item_value = floats(table[9], "item_value", 1, t.items);
-  t.gate_begin = ints(table[10], "gate_begin", 1, S);
-  t.gate_end = ints(table[11], "gate_end", 1, S);
-  t.gate_above = floats(table[12], "gate_above", 1, S);
-  t.norm_preserve = ints(table[13], "norm_preserve", 1, S);
-  s.slots = ints(slots, "slots", 1, N);
-  s.strengths = floats(strengths, "strengths", 1, N);
-  s.x_type = dtype_of(x, "x");
-  s.x = x.const_data_ptr();
-  s.D = D;
-  check_range(s.slots, N, S, "slots");
-  if (std::any_of(s.slots, s.slots + N, [](int32_t slot) { return slot != 0; })) {
-    check_range(t.item_row, t.items, R, "item_row");
-    check_range(t.op_begin, S * t.P, t.items + 1, "op_begin");
-    check_range(t.op_end, S * t.P, t.items + 1, "op_end");
-    check_range(t.gate_begin, S, t.items + 1, "gate_begin");
-    check_range(t.gate_end, S, t.items + 1, "gate_end");
-  }
-  Tensor out = make({N, D}, x.scalar_type());
-  s.out = out.mutable_data_ptr();
-  parallel(N, D * 16, [&](int64_t begin, int64_t end) { kernels().steer_rows(s, begin, end); });
-  return out;
-}
-
 int64_t set_isa(const std::string& name) { return use_isa(name.c_str()); }
 std::string get_isa() { return kernels().name; }
 
@@ -377,7 +333,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
   m.impl("_sparse_outer", TORCH_BOX(&fastsae::sparse_outer));
   m.impl("_code_gradients", TORCH_BOX(&fastsae::code_gradients));
   m.impl("_train_rows", TORCH_BOX(&fastsae::train_rows));
-  m.impl("_steer_rows", TORCH_BOX(&fastsae::steer_rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CompositeExplicitAutograd, m) {

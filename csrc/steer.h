@@ -54,7 +54,7 @@ inline void run_operation(const SteerTableArgs& t, int64_t slot, int64_t p, floa
   const int32_t kind = t.op_kind[at];
   const int64_t begin = t.op_begin[at], end = t.op_end[at];
   if (kind == 0 || end <= begin) return;
-  activations<I>(t, r, D, begin, end, a);
+  if (kind != kAdd) activations<I>(t, r, D, begin, end, a);
   if (kind == kEnforce) {
     enforce<I>(t, r, D, begin, end, a, t.op_scalar[at], strength);
     return;
@@ -78,9 +78,10 @@ void steer_rows(const SteerArgs& s, int64_t begin, int64_t end) {
   float* r = (float*)memory.data;
   float* a = r + s.D;
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t slot = s.slots[n], gate = t.gate_begin[slot], gate_end = t.gate_end[slot];
-    bool open = slot != 0;
+    const int64_t slot = s.slots[n];
+    bool open = slot != 0;  // nothing of the table is read for slot 0: it may be missing
     if (open) {
+      const int64_t gate = t.gate_begin[slot], gate_end = t.gate_end[slot];
       read_row(s.x, s.x_type, n * s.D, s.D, r);
       if (gate_end > gate) {
         activations<I>(t, r, s.D, gate, gate_end, a);

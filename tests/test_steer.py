@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, ops
+from fastsae.ops import BackendError
+from fastsae.ops.backend import supported
 
 pytestmark = pytest.mark.op("steer")
 
@@ -182,6 +184,39 @@ def test_every_memory_layout(steer_sample, relayout, layout, device, backend):
     assert torch.equal(got, plain)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (12,), (3, 4), (0,), (2, 0, 3)])
+def test_the_short_way_serves_what_the_long_way_serves(steer_sample, shape, dtype, device):
+    """With the same bits, gradients or not."""
+    s = steer_sample(torch.Size(shape).numel(), dtype=dtype, device=device)
+    x, slots, strengths = s.x.view(*shape, 48), s.slots.view(shape), s.strengths.view(shape)
+    wanted = torch.ops.fastsae.steer(s.x, s.slots, s.strengths, list(s.table), "").view(x.shape)
+    for arguments in (
+        (x, slots, strengths),
+        (x, slots.long(), strengths.double()),
+        (x.mT.contiguous().mT if shape else x, slots, strengths),
+        (x.requires_grad_(), slots, strengths),
+    ):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                got = ops.steer(*arguments, s.table)
+            assert got.dtype == dtype and got.shape == x.shape and got.is_contiguous()
+            assert torch.equal(got, wanted) and not got.requires_grad
+
+
+def test_the_environment_still_chooses(steer_sample, monkeypatch, device):
+    s = steer_sample(device=device)
+    monkeypatch.setenv("FASTSAE_BACKEND", "none such")
+    with pytest.raises(BackendError, match="none such"):
+        ops.steer(s.x, s.slots, s.strengths, s.table)
+
+
+def test_fake_tensors_stay_fake(steer_sample, device):
+    s = steer_sample(5, device=device)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        got = ops.steer(mode.from_tensor(s.x), s.slots, s.strengths, s.table)
+    assert isinstance(got, torch._subclasses.FakeTensor) and got.shape == s.x.shape
+
+
 def test_process_wide_modes(steer_sample, process_mode, mode, device, backend):
     s = steer_sample(device=device)
     plain = ops.steer(s.x, s.slots, s.strengths, s.table, backend=backend)
@@ -229,3 +264,51 @@ def test_errors_name_the_argument_and_the_fix(steer_sample):
         with pytest.raises(FastsaeError) as error:
             ops.steer(*arguments, s.table)
         assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "field,at,value,words",
+    [
+        ("op_end", (1, 0), 10_000, "op_begin, op_end: got 0 to 10000"),
+        ("op_begin", (1, 0), -1, "op_begin, op_end: got -1 to 2"),
+        ("item_row", 1, 9, "item_row: got values from 0 to 9, expected 0 to 8"),
+        ("item_row", 0, -1, "item_row: got values from -1"),
+        ("gate_end", 1, 10_000, "gate_begin, gate_end: got 2 to 10000"),
+    ],
+)
+def test_native_checks_what_a_slot_reads(steer_sample, field, at, value, words):
+    """At every call, because the contents of a table may change between two."""
+    if "native" not in supported("steer"):
+        pytest.skip("native is not built")
+    s = steer_sample(1)
+
+    def run(slot):
+        s.slots[:] = slot
+        return ops.steer(s.x, s.slots, s.strengths, s.table, backend="native")
+
+    before = {slot: run(slot) for slot in (0, 1, 2)}
+    kept = getattr(s.table, field)[at].clone()
+    getattr(s.table, field)[at] = value
+    with pytest.raises(RuntimeError, match=words):
+        run(1)
+    for slot in (0, 2):  # they read other entries
+        assert torch.equal(run(slot), before[slot])
+    getattr(s.table, field)[at] = kept
+    assert torch.equal(run(1), before[1])
+
+
+def test_native_checks_slots_and_the_table(steer_sample):
+    if "native" not in supported("steer"):
+        pytest.skip("native is not built")
+    s, t = steer_sample(3), steer_sample().table
+    for slot in (-1, 6):
+        with pytest.raises(RuntimeError, match=f"slots: got values from .*{slot}.*expected 0 to 5"):
+            ops.steer(s.x, torch.tensor([0, slot, 1]), s.strengths, t, backend="native")
+    for wrong, words in (
+        (t._replace(dec=t.dec[:5]), "dec: expected the rows of enc"),
+        (t._replace(op_end=t.op_end[:3]), "op_end: expected as many slots as op_kind"),
+        (t._replace(item_value=t.item_value[:3]), "item_value: expected a last dimension"),
+        (t._replace(gate_end=t.gate_end.long()), "gate_end: expected int32"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            ops.steer(s.x, s.slots, s.strengths, wrong, backend="native")

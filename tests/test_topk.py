@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, ops
+from fastsae.ops import BackendError
 from fastsae.ops.backend import interpreting
 
 pytestmark = pytest.mark.op("topk")
@@ -129,6 +130,29 @@ def test_no_gradient(topk_sample, device, backend):
     assert not values.requires_grad
     with pytest.raises(RuntimeError, match="does not require grad"):
         values.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(1, 50), (3, 50), (0, 50), (50,), (2, 3, 50)])
+def test_the_short_way_serves_what_the_long_way_serves(topk_sample, shape, dtype, device):
+    x = topk_sample(torch.Size(shape[:-1]).numel(), 50, dtype=dtype, device=device)
+    wanted = torch.ops.fastsae.topk(x, 4, "")
+    x = x.view(shape)
+    for given in (x, x.mT.contiguous().mT if len(shape) > 1 else x):
+        got = ops.topk(given, 4)
+        for part, right in zip(got, wanted, strict=True):
+            assert part.dtype == right.dtype and torch.equal(part, right.view(*shape[:-1], 4))
+
+
+def test_the_environment_still_chooses(topk_sample, monkeypatch, device):
+    monkeypatch.setenv("FASTSAE_BACKEND", "none such")
+    with pytest.raises(BackendError, match="none such"):
+        ops.topk(topk_sample(3, 50, device=device), 4)
+
+
+def test_fake_tensors_stay_fake(topk_sample, device):
+    with torch._subclasses.FakeTensorMode() as mode:
+        got = ops.topk(mode.from_tensor(topk_sample(3, 50, device=device)), 4)
+    assert all(isinstance(t, torch._subclasses.FakeTensor) and t.shape == (3, 4) for t in got)
 
 
 def test_opcheck(topk_sample, device, backend):

@@ -147,6 +147,20 @@ def implementation(op: str, name: str) -> Callable:
     return getattr(module, op)
 
 
+def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | None:
+    """The compiled implementation of `op` where a call may skip checks and dispatch, else None.
+
+    For one row these take several times as long as the work. Leaf ops check everything that they
+    read, so a caller tries this first, and after a RuntimeError or TypeError goes the long way,
+    which serves what the leaf does not take and names the argument that is wrong.
+    """
+    if not getattr(tensor, "is_cpu", False) or torch.compiler.is_compiling():
+        return None
+    if backend != "native" and (backend is not None or "FASTSAE_BACKEND" in os.environ):
+        return None
+    return implementation(op, "native") if _native_missing(op, "CPU") is None else None
+
+
 def call(op: str, backend: str, tensors: tuple[torch.Tensor, ...], *args):
     """Run `op` with the chosen backend; `tensors` decide device and dtype."""
     return implementation(op, choose(op, *tensors, backend=backend or None).name)(*args)

@@ -159,4 +159,4 @@ def mi_topk(features, words, top, objective, temperature) -> tuple[Tensor, Tenso
 
 
 def steer(x: Tensor, slots: Tensor, strengths: Tensor, table) -> Tensor:
-    return _leaf._steer_rows(x, slots, strengths, list(table))
+    return _leaf._steer_rows.default(x, slots, strengths, table)

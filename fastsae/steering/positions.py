@@ -110,7 +110,7 @@ class Where:
         return later if real is None else real & later
 
     def generated(self, residual: Tensor, lengths: Tensor | None) -> "Tensor | bool":
-        """Position ≥ prompt length, per token; lengths [B] when the caller knows them.
+        """Position ≥ prompt length, per token; lengths [B, 1] when the caller knows them.
 
         Else they come from `generate`. Outside it, a forward without a cache or on an empty one is
         all prompt, and tokens that follow a filled cache are generated.
@@ -125,8 +125,8 @@ class Where:
             return self.past is not None and self.past > 0
         positions, _ = self.positions(residual)
         if lengths is None:
-            lengths = self._prompt_lengths(positions, residual.shape[0])
-        return positions >= lengths.to(positions.device).unsqueeze(1)
+            lengths = self._prompt_lengths(positions, residual.shape[0]).unsqueeze(1)
+        return positions >= lengths.to(positions.device)
 
     def _must_be_told(self) -> None:
         if self.untold and self.generation is None:

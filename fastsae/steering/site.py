@@ -9,7 +9,7 @@ from fastsae.errors import FastsaeError
 from fastsae.ops.steer import steer
 from fastsae.sae import SAE
 from fastsae.steering.membership import StagedPolicy, is_staged
-from fastsae.steering.policy import PHASES, Policy
+from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
 
@@ -33,7 +33,7 @@ class Rows:
 class Site:
     """Applies `rows` to the residual of one hook point; not to be called while not `active`.
 
-    Per row it keeps small tensors; a `set` of the same number of rows only changes their contents.
+    Per row it keeps columns [rows, 1]; a `set` of as many rows only changes their contents.
     """
 
     def __init__(self, sae: SAE, capacity: Capacity, device: torch.device, first_token: bool):
@@ -45,7 +45,8 @@ class Site:
         self.staged: list[tuple[StagedPolicy, list[int]]] = []
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
-        self.slots = self.strengths = self.phases = self.lengths = None
+        self.slots = self.strengths = self.lengths = None
+        self.on_prompt = self.on_generated = None
 
     @property
     def required(self) -> list[Policy]:
@@ -78,10 +79,13 @@ class Site:
                 self._acquired.append(policy)
             slots.append(slot)
         used = [policy for policy in rows.policies if policy is not None]
-        phases = [0 if policy is None else PHASES.index(policy.phase) for policy in rows.policies]
+        phases = [policy.phase if policy is not None else "all" for policy in rows.policies]
         self.slots = self._fill(self.slots, slots, torch.int32)
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
-        self.phases = self._fill(self.phases, phases, torch.int32)
+        self.on_prompt = self._fill(self.on_prompt, [p != "generated" for p in phases], torch.bool)
+        self.on_generated = self._fill(
+            self.on_generated, [p != "prompt" for p in phases], torch.bool
+        )
         self.lengths = self._fill(self.lengths, rows.lengths, torch.int64)
         self.in_table = any(slots)
         self.phased = any(policy.phase != "all" for policy in used)
@@ -97,7 +101,7 @@ class Site:
     def _fill(self, old: Tensor | None, values, dtype: torch.dtype) -> Tensor | None:
         if values is None:
             return None
-        new = torch.tensor(values, dtype=dtype)
+        new = torch.tensor(values, dtype=dtype).unsqueeze(1)
         if old is None or old.shape != new.shape:
             return keep_address(new.to(self.table.device))
         return old.copy_(new)
@@ -106,7 +110,8 @@ class Site:
         """Follow a layer that was not where its residual is now when we attached (offloading)."""
         self._release()
         self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
-        self.slots = self.strengths = self.phases = self.lengths = None
+        self.slots = self.strengths = self.lengths = None
+        self.on_prompt = self.on_generated = None
         self._take(self.rows)
 
     def apply(self, residual: Tensor, where: Where) -> Tensor:
@@ -117,17 +122,21 @@ class Site:
         batch, tokens = residual.shape[:2]
         chosen = where.steered(residual, self.first_token)
         if self.phased:
-            phases = self._spread(self.phases, batch, where).unsqueeze(1)
             known = None if self.lengths is None else self._spread(self.lengths, batch, where)
             generated = where.generated(residual, known)
-            chosen = chosen & ((phases == 0) | ((phases == 2) == generated))
-        chosen = chosen.expand(batch, tokens)
-        strengths = self._spread(self.strengths, batch, where).unsqueeze(1).expand(batch, tokens)
+            on_prompt = self._spread(self.on_prompt, batch, where)
+            on_generated = self._spread(self.on_generated, batch, where)
+            if isinstance(generated, Tensor):
+                chosen = chosen & torch.where(generated, on_generated, on_prompt)
+            else:
+                chosen = chosen & (on_generated if generated else on_prompt)
+        strengths = self._spread(self.strengths, batch, where).expand(batch, tokens).contiguous()
         out = residual
         if self.in_table:
-            slots = self._spread(self.slots, batch, where).unsqueeze(1)
-            slots = torch.where(chosen, slots, 0)
+            slots = chosen * self._spread(self.slots, batch, where)
             out = steer(residual, slots, strengths, self.table.buffers)
+        if self.staged:
+            chosen = chosen.expand(batch, tokens)
         for policy, rows in self.staged:
             out = self._apply_staged(policy, rows, out, chosen, strengths)
         return out
@@ -143,13 +152,15 @@ class Site:
             self._move(residual.device)
 
     def _spread(self, per_row: Tensor, batch: int, where: Where) -> Tensor:
-        """One entry per row of the forward; generate's beams and samples repeat their row's."""
+        """[batch, 1], an entry per row of the forward; generate's copies of a row share its own."""
         given = per_row.shape[0]
-        if given in (1, batch):
-            return per_row.expand(batch)
+        if given == batch:
+            return per_row
+        if given == 1:
+            return per_row.expand(batch, 1)
         scope = where.generation
         if scope is not None and scope.batch == given and batch % given == 0:
-            return per_row.repeat_interleave(batch // given)
+            return per_row.repeat_interleave(batch // given, 0)
         raise FastsaeError(
             f"policies: {given} were set, but the batch has {batch} rows; set one policy (or None) "
             "per row, or a single one for all rows"

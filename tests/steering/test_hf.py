@@ -5,7 +5,20 @@ import functools
 import pytest
 import torch
 
-from fastsae.steering import Policy, ablate, add, amplify, attach, calibrate, enforce, gate, steer
+from fastsae.ops import check
+from fastsae.ops.backend import supported
+from fastsae.steering import (
+    Policy,
+    ablate,
+    add,
+    amplify,
+    attach,
+    calibrate,
+    enforce,
+    gate,
+    site,
+    steer,
+)
 
 pytest.importorskip("transformers")
 
@@ -156,6 +169,28 @@ def test_top_k_membership_and_plain_rows_share_a_batch(
         plainly = generate(llama, use_cache=False)
     assert torch.equal(tokens, plainly[0])
     torch.testing.assert_close(scores, plainly[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_goes_straight_to_the_kernel(llama, sae, generate, batch, monkeypatch):
+    """Prompt and decoded tokens alike, on the CPU; with nothing to do it does not even go there."""
+    with steer(llama, sae, batch.policies):
+        want = generate(llama)
+    base = generate(llama)
+
+    def refuse(*args):
+        raise AssertionError("the long way")
+
+    if "native" in supported("steer"):
+        monkeypatch.setattr(check, "rows", refuse)
+        with steer(llama, sae, batch.policies):
+            for got, wanted in zip(generate(llama), want, strict=True):
+                assert torch.equal(got, wanted)
+    monkeypatch.setattr(site, "steer", refuse)
+    with attach(llama, {LAYER: sae}) as handle:
+        for rows in (None, [None] * 3):
+            handle.set(rows)
+            for got, wanted in zip(generate(llama), base, strict=True):
+                assert torch.equal(got, wanted)
 
 
 def test_strength_scales_each_row(llama, sae, logits):
