@@ -1,13 +1,11 @@
 """Sparse decoding and the two products its gradients are made of."""
 
-import functools
-import os
-
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
-from fastsae.ops import check, extension
+from fastsae.ops import check
+from fastsae.ops.backend import direct
 from fastsae.ops.csr import csr_to_padded
 from fastsae.ops.reference import compute_dtype, full_precision
 
@@ -36,30 +34,18 @@ def decode(
     """
     # For one row, checks and dispatch take several times as long as the sum. Where no gradient is
     # wanted the compiled op is called as it is: it checks shapes, types, layout and range itself.
-    try:
-        if (
-            backend is None
-            and not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and values.is_cpu
-            and indices.dtype is torch.int32
-            and values.dim() == 2
-            and "FASTSAE_BACKEND" not in os.environ
-        ):
-            return _compiled()(values, indices, W_dec, b_dec)
-    except (AttributeError, RuntimeError, TypeError):
-        pass  # an unusual layout or type, or no extension: served below; or a mistake: named below
+    compiled = None if torch.is_grad_enabled() else direct("decode", backend, values)
+    if compiled is not None and values.dim() == 2:
+        try:
+            return compiled(values, indices, W_dec, b_dec)
+        except (RuntimeError, TypeError):
+            pass  # not what the leaf takes: served below; or a mistake: named below
     W_dec = check.matrix("W_dec", W_dec)
     b_dec = check.vector("b_dec", b_dec, W_dec.shape[1])
     flat, index = _entries(values, indices, W_dec.shape[0])
     check.same_device(values=values, indices=indices, W_dec=W_dec, b_dec=b_dec)
     out = torch.ops.fastsae.decode(flat, index, W_dec, b_dec, backend or "")
     return out.view(*values.shape[:-1], W_dec.shape[1])
-
-
-@functools.cache
-def _compiled():
-    return torch.ops.fastsae._decode_rows.default if extension.problem() is None else None
 
 
 def decode_dense(
