@@ -89,7 +89,8 @@ inline void offer(const EncodeArgs& a, const Panel& p, int64_t n, int64_t range,
   const List l = list_of(a, n, range);
   Tally& t = *l.tally;
   if (t.count == kOverflow) return;
-  const Bound<I> bound(a, kScreened ? n : 0);
+  Bound<I> bound;
+  if constexpr (kScreened) bound.set(a, n);
   const typename I::Vec zero = I::set1(0), floor = I::set1(t.floor);
   int32_t count = t.count;
   for (int64_t j = 0; j < width; j += 16) {

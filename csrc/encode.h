@@ -69,9 +69,12 @@ struct ScanScratch {
 
 constexpr int64_t kScanRows = 32;  // rows that meet a panel at a time
 
+// dot_block writes whole blocks: up to kMostRows rows of products.
+constexpr int64_t kMostRows = kScanRows + 4;
+
 inline int64_t scan_bytes(const EncodeArgs& a) {
-  const int64_t rounding = a.tiles && !a.weight_tiles ? (kPanel + 16) * ((a.D + 31) / 32) * 64 : 0;
-  return padded_to(list_bytes(a.capacity), 64) + (kScanRows + 5) * kPanel * 4 + rounding;
+  const int64_t rounding = a.tiles && !a.weight_tiles ? (a.panel + 16) * ((a.D + 31) / 32) * 64 : 0;
+  return padded_to(list_bytes(a.capacity), 64) + (kMostRows + 5) * kPanel * 4 + rounding;
 }
 
 inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
@@ -79,13 +82,13 @@ inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
   Panel& p = s.panel;
   s.select = select_scratch(memory, a.capacity);
   p.h = (float*)(memory + padded_to(list_bytes(a.capacity), 64));
-  p.norms = p.h + kScanRows * kPanel;
+  p.norms = p.h + kMostRows * kPanel;
   p.errors = p.norms + kPanel;
   p.products = p.errors + kPanel;
   p.bias = p.products + kPanel;
   p.threshold = p.bias + kPanel;
   p.tiles = (bf16*)(p.threshold + kPanel);
-  p.rounded = p.tiles + kPanel * ((a.D + 31) / 32) * 32;
+  p.rounded = p.tiles + a.panel * ((a.D + 31) / 32) * 32;
   memset(p.norms, 0, 5 * kPanel * 4);
   return s;
 }
@@ -290,7 +293,7 @@ inline void write_threshold(const EncodeArgs& a, int64_t row, int64_t count, con
 
 template <class I>
 void encode_write(const EncodeArgs& a, int64_t begin, int64_t end) {
-  const int64_t most = a.ranges * a.capacity, bytes = list_bytes(most);
+  const int64_t most = a.ranges * a.capacity, bytes = a.threshold ? 0 : list_bytes(most);
   Memory memory(bytes + 8 * most + a.k);
   const SelectScratch s = select_scratch(memory.data, most);
   float* h = (float*)(memory.data + bytes);

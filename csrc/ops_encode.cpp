@@ -1,19 +1,17 @@
 // Bindings of encode_topk and encode_threshold; schemas in fastsae/ops/schema.py.
-#include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <cmath>
-#include <numeric>
 
 #include "binding.h"
+#include "rows.h"
 #include "workspace.h"
 
 namespace fastsae {
 namespace {
 
-constexpr int64_t kPanelRoom = 272;       // a list must hold one more panel, see candidates.h
+constexpr int64_t kMostFeatures = 256;    // kPanel of panel.h
+constexpr int64_t kPanelRoom = kMostFeatures + 16;  // a list must hold one more panel
 constexpr int64_t kPanelBytes = 512 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
-constexpr int64_t kRanges = 8;            // more threads than that share ranges by rows
+constexpr int64_t kRanges = 8, kFewRows = 64;  // more rows than those: threads beyond 8 share ranges
 
 // Seconds of the last encode of this thread: rows, scan, plan, rescore, write, and the full path.
 thread_local double stages[6];
@@ -37,8 +35,6 @@ struct Problem {
   EncodeArgs a;
 };
 
-size_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
-
 // How a problem is cut: rows per tile, and the lists of a row.
 struct Plan {
   int64_t tile, ranges, groups, capacity, wanted;
@@ -46,39 +42,20 @@ struct Plan {
   Plan(const Problem& p, Screen screen, int64_t candidates, int64_t workspace) {
     const EncodeArgs& a = p.a;
     const int64_t threads = torch::stable::get_num_threads();
-    ranges = std::min({threads, kRanges, (a.F + 255) / 256});
+    ranges = std::min({threads, a.N > kFewRows ? kRanges : threads, (a.F + 255) / 256});
     groups = (threads + ranges - 1) / ranges;
     const int64_t width = (a.F + ranges - 1) / ranges + 256;  // of a range, whole panels
     // Exact lists of a top-k shrink to k; those of a threshold may need every feature.
     wanted = a.threshold ? (screen == Screen::none ? width : candidates) : std::max(candidates, 4 * a.k);
     capacity = (std::min(width, wanted) + kPanelRoom + 15) / 16 * 16;
-    const int64_t row = ranges * (capacity * 16 + (int64_t)sizeof(Tally)) + 6 * (a.D + 32) + 144;
+    // Lists, what rescoring and writing add to them, and the row itself.
+    const int64_t row = ranges * (capacity * 28 + (int64_t)sizeof(Tally)) + 8 * (a.D + 64) + 160;
+    const int64_t scratch = threads * (capacity * 64 + 44 * kMostFeatures * 4 + 2 * kPanelBytes);
+    workspace = std::max(workspace - scratch, workspace / 4);
     tile = std::max<int64_t>(1, workspace / row);
     if (tile > 32) tile = tile / 32 * 32;
   }
 };
-
-template <class T>
-void add_rows_to(const T* x, int64_t rows, int64_t D, float* sum) {
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t j = 0; j < D; ++j) sum[j] += to_float(x[n * D + j]);
-  }
-}
-
-// The mean of rows x - b_dec, about which screens are taken; false where it is not finite.
-bool mean_row(const CentreArgs& c, int64_t rows, float* mean, double* norm) {
-  std::fill_n(mean, c.D, 0.0f);
-  if (c.x_type == DType::f32) add_rows_to((const float*)c.x, rows, c.D, mean);
-  if (c.x_type == DType::bf16) add_rows_to((const bf16*)c.x, rows, c.D, mean);
-  if (c.x_type == DType::f16) add_rows_to((const f16*)c.x, rows, c.D, mean);
-  double square = 0;
-  for (int64_t j = 0; j < c.D; ++j) {
-    mean[j] = mean[j] / (float)rows - (c.b_dec ? c.b_dec[j] : 0.0f);
-    square += (double)mean[j] * mean[j];
-  }
-  *norm = std::sqrt(square) * (1.0 + 1e-6);
-  return *norm < 1e18;
-}
 
 // The centre of a screen: that of the copy of the weights, or the mean of these rows.
 void set_centre(CentreArgs* c, const float* given, int64_t rows, float* mean) {
@@ -87,7 +64,7 @@ void set_centre(CentreArgs* c, const float* given, int64_t rows, float* mean) {
     for (int64_t j = 0; j < c->D; ++j) square += (double)given[j] * given[j];
     c->centre = given;
     c->centre_norm = std::sqrt(square) * (1.0 + 1e-6);
-  } else if (mean_row(*c, rows, mean, &c->centre_norm)) {
+  } else if (mean_any_row(*c, rows, mean, &c->centre_norm)) {
     c->centre = mean;
   }
 }
@@ -99,12 +76,14 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   const int64_t D = a.D, padded = (rows + 31) / 32 * 32, steps = (D + 31) / 32;
   const int64_t lists = rows * plan.ranges;
   Workspace w((size_t)(lists * (plan.capacity * 16 + (int64_t)sizeof(Tally)) +
-                       padded * (4 * D + steps * 64 + 144) + 8 * D + 4096));
+                       padded * (4 * D + steps * 64 + 288) + 8 * D + 8192));
   a.N = rows;
   a.ranges = plan.ranges;
   a.groups = std::min(plan.groups, (rows + 31) / 32);
   a.capacity = plan.capacity;
-  a.panel = std::clamp<int64_t>(kPanelBytes / (steps * 64) / 32 * 32, 32, 256);
+  const int64_t share = (16 << 20) / torch::stable::get_num_threads();
+  a.panel = std::clamp<int64_t>(std::min(kPanelBytes, share) / (steps * 64) / 32 * 32, 32,
+                                kMostFeatures);
   a.left = left;
   a.rows = outputs;
   a.index = w.take<int32_t>((size_t)(lists * a.capacity));
@@ -172,48 +151,60 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   parallel(rows, 4096, [&](int64_t b, int64_t e) { kernels().encode_write(a, b, e); });
 }
 
-// Returns false if a value fell outside its bound: the copy is not of these weights.
-bool encode(Problem p, Screen screen, int64_t candidates, int64_t workspace) {
-  std::fill_n(stages, 6, 0.0);
-  const int64_t N = p.a.N;
-  uint8_t stale = 0;
-  p.a.stale = &stale;
-  std::vector<uint8_t> left((size_t)N, 0);
-  std::vector<int64_t> outputs((size_t)N);
-  std::iota(outputs.begin(), outputs.end(), 0);
-  const Plan plan(p, screen, candidates, workspace);
-  for (int64_t n = 0; n < N && !stale; n += plan.tile) {
-    encode_tile(p, plan, screen, n, std::min(plan.tile, N - n), &outputs[(size_t)n],
-                &left[(size_t)n]);
-  }
-  if (stale) return false;
-  std::vector<int64_t> rest;
-  for (int64_t n = 0; n < N; ++n) {
-    if (left[(size_t)n]) rest.push_back(n);
-  }
-  if (rest.empty()) return true;
-  // Too many candidates, or no bound: every value of these rows, by rescoring dots.
+// Every value of listed rows, by rescoring dots: too many candidates, or no bound.
+void encode_fully(const Problem& p, const std::vector<int64_t>& rest, int64_t candidates,
+                  int64_t workspace) {
   const double before = std::accumulate(stages, stages + 5, 0.0);
   const size_t row = (size_t)p.a.D * bytes_of(p.x_type);
-  const Plan wide(p, Screen::none, candidates, workspace);
+  const Plan plan(p, Screen::none, candidates, workspace);
   Problem full = p;
   EncodeArgs& a = full.a;
   a.weight_tiles = nullptr;
   a.bytes = nullptr;
   a.centre = a.norms = a.errors = a.products = nullptr;
-  for (size_t i = 0; i < rest.size(); i += (size_t)wide.tile) {
-    const size_t count = std::min(rest.size() - i, (size_t)wide.tile);
-    std::vector<char> rows(count * row);
+  for (size_t i = 0; i < rest.size(); i += (size_t)plan.tile) {
+    const size_t count = std::min(rest.size() - i, (size_t)plan.tile);
+    Workspace rows(count * row);
+    char* x = rows.take<char>(count * row);
     for (size_t n = 0; n < count; ++n) {
-      std::copy_n((const char*)p.x + (size_t)rest[i + n] * row, row, rows.data() + n * row);
+      std::copy_n((const char*)p.x + (size_t)rest[i + n] * row, row, x + n * row);
     }
-    full.x = rows.data();
-    std::vector<uint8_t> none(count, 0);
-    encode_tile(full, wide, Screen::none, 0, (int64_t)count, &rest[i], none.data());
-    STD_TORCH_CHECK(std::find(none.begin(), none.end(), 1) == none.end(), "a full list overflowed");
+    full.x = x;
+    std::vector<uint8_t> left(count, 0);
+    encode_tile(full, plan, Screen::none, 0, (int64_t)count, &rest[i], left.data());
+    STD_TORCH_CHECK(std::find(left.begin(), left.end(), 1) == left.end(), "a full list overflowed");
   }
-  stages[5] = std::accumulate(stages, stages + 5, 0.0) - before;
-  return true;
+  stages[5] += std::accumulate(stages, stages + 5, 0.0) - before;
+}
+
+// Encodes tile by tile and calls done(first row, rows) after each. Returns how many rows took the
+// full path, or -1: a value fell outside its bound, so the copy is not of these weights, and the
+// outputs are worth nothing.
+template <class Done>
+int64_t encode(Problem p, Screen screen, int64_t candidates, int64_t workspace, const Done& done) {
+  std::fill_n(stages, 6, 0.0);
+  uint8_t stale = 0;
+  p.a.stale = &stale;
+  const Plan plan(p, screen, candidates, workspace);
+  std::vector<uint8_t> left;
+  std::vector<int64_t> outputs, rest;
+  int64_t total = 0;
+  for (int64_t n = 0; n < p.a.N; n += plan.tile) {
+    const int64_t rows = std::min(plan.tile, p.a.N - n);
+    left.assign((size_t)rows, 0);
+    outputs.resize((size_t)rows);
+    std::iota(outputs.begin(), outputs.end(), n);
+    encode_tile(p, plan, screen, n, rows, outputs.data(), left.data());
+    if (stale) return -1;
+    rest.clear();
+    for (int64_t i = 0; i < rows; ++i) {
+      if (left[(size_t)i]) rest.push_back(n + i);
+    }
+    if (!rest.empty()) encode_fully(p, rest, candidates, workspace);
+    total += (int64_t)rest.size();
+    done(n, rows);
+  }
+  return total;
 }
 
 // What _encode_copy returned, and the centre it was made with; or nothing.
@@ -237,66 +228,6 @@ Screen use_copy(Problem* p, bool screen, const std::vector<Tensor>& copy) {
   return Screen::bytes;
 }
 
-// The copy of W that screens about `centre` read: bf16 tiles, or int8 with scales. Rows up to a
-// whole panel are there and zero.
-std::tuple<Tensor, Tensor, Tensor> encode_copy(const Tensor& W, const Tensor& centre, bool bytes) {
-  check(W, "W", 2);
-  CopyArgs c{};
-  c.W = W.const_data_ptr();
-  c.weight_type = dtype_of(W, "W");
-  c.F = W.size(0);
-  c.D = W.size(1);
-  c.centre = floats(centre, "centre", 1, c.D);
-  STD_TORCH_CHECK(bytes || kernels().tiles, "bytes: this processor has no tiles");
-  const int64_t F = (c.F + 255) / 256 * 256, wide = (c.D + 63) / 64 * 64;
-  Tensor data = bytes ? make({F, wide}, ScalarType::Char)
-                      : make({F, (c.D + 31) / 32 * 32}, ScalarType::BFloat16);
-  Tensor scales = make({bytes ? F : 0, wide / 64}, ScalarType::Float);
-  Tensor norms = make({3, F}, ScalarType::Float);
-  c.norms = (float*)norms.mutable_data_ptr();
-  std::fill_n(c.norms, 3 * F, 0.0f);
-  c.errors = c.norms + F;
-  c.products = c.errors + F;
-  if (bytes) {
-    c.bytes = (int8_t*)data.mutable_data_ptr();
-    c.scales = (float*)scales.mutable_data_ptr();
-    std::fill_n(c.bytes + c.F * wide, (F - c.F) * wide, 0);
-    std::fill_n(c.scales + c.F * (wide / 64), (F - c.F) * (wide / 64), 0.0f);
-  } else {
-    c.tiles = (bf16*)data.mutable_data_ptr();
-  }
-  parallel(F / 16, 64 * c.D, [&](int64_t b, int64_t e) { kernels().copy_rows(c, b * 16, e * 16); });
-  return {data, scales, norms};
-}
-
-// A digest of one cache line of every row of W: an edit that no version counter saw.
-int64_t encode_digest(const Tensor& W) {
-  check(W, "W", 2);
-  const int64_t F = W.size(0), bytes = W.size(1) * (int64_t)bytes_of(dtype_of(W, "W"));
-  const int64_t lines = std::max<int64_t>(1, bytes / 64), size = std::min<int64_t>(64, bytes);
-  const char* data = (const char*)W.const_data_ptr();
-  std::atomic<uint64_t> total{0};
-  parallel(F, 64, [&](int64_t begin, int64_t end) {
-    uint64_t sum = 0;
-    const auto line_of = [&](int64_t f) {
-      return data + f * bytes + (int64_t)((uint64_t)f * 2654435761u % (uint64_t)lines) * 64;
-    };
-    for (int64_t f = begin; f < end; ++f) {
-      __builtin_prefetch(line_of(std::min(f + 32, F - 1)));
-      const char* line = line_of(f);
-      uint64_t hash = (uint64_t)f, word;
-      for (int64_t i = 0; i + 8 <= size; i += 8) {
-        memcpy(&word, line + i, 8);
-        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-        hash ^= hash >> 29;
-      }
-      sum += hash;
-    }
-    total += sum;
-  });
-  return (int64_t)total.load();
-}
-
 Problem problem(const Tensor& x, const Tensor& W, const Tensor& b_enc,
                 const std::optional<Tensor>& b_dec) {
   Problem p{};
@@ -315,7 +246,7 @@ Problem problem(const Tensor& x, const Tensor& W, const Tensor& b_enc,
   return p;
 }
 
-std::tuple<Tensor, Tensor, bool> encode_topk(const Tensor& x, const Tensor& W, const Tensor& b_enc,
+std::tuple<Tensor, Tensor, int64_t> encode_topk(const Tensor& x, const Tensor& W, const Tensor& b_enc,
                                              const std::optional<Tensor>& b_dec, int64_t k,
                                              bool exact, bool screen, std::vector<Tensor> copy,
                                              int64_t candidates, int64_t workspace) {
@@ -327,41 +258,73 @@ std::tuple<Tensor, Tensor, bool> encode_topk(const Tensor& x, const Tensor& W, c
   p.a.values = (float*)values.mutable_data_ptr();
   p.a.indices = (int32_t*)indices.mutable_data_ptr();
   const Screen how = use_copy(&p, screen, copy);
-  return {values, indices, encode(p, how, candidates, workspace)};
+  const int64_t full = encode(p, how, candidates, workspace, [](int64_t, int64_t) {});
+  return {values, indices, full};
 }
 
-std::tuple<Tensor, Tensor, Tensor, bool> encode_threshold(
+// The entries of all rows so far, one behind the other; becomes an output without a copy.
+struct Column {
+  char* data = nullptr;
+  int64_t count = 0, room = 0;
+
+  Column() = default;
+  Column(const Column&) = delete;
+  Column& operator=(const Column&) = delete;
+  ~Column() { free(data); }
+
+  void add(const void* entries, int64_t n) {
+    if (count + n > room) {
+      room = std::max(count + n, room + room / 2);
+      char* larger = (char*)realloc(data, (size_t)room * 4);
+      if (!larger) out_of_memory();
+      data = larger;
+    }
+    if (n > 0) memcpy(data + count * 4, entries, (size_t)n * 4);
+    count += n;
+  }
+
+  Tensor release(ScalarType type) {
+    if (count == 0) return make({0}, type);
+    char* fitting = (char*)realloc(data, (size_t)count * 4);
+    data = nullptr;
+    const int64_t size[1] = {count}, stride[1] = {1};
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes(size, 1), strides(stride, 1);
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(fitting, sizes, strides, cpu, type, [](void* p) { free(p); });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, int64_t> encode_threshold(
     const Tensor& x, const Tensor& W, const Tensor& b_enc, const std::optional<Tensor>& b_dec,
     const Tensor& threshold, bool screen, std::vector<Tensor> copy, int64_t candidates,
     int64_t workspace) {
   Problem p = problem(x, W, b_enc, b_dec);
   EncodeArgs& a = p.a;
   a.threshold = floats(threshold, "threshold", 1, a.F);
-  struct Entries {  // frees the rows' buffers whatever happens
-    std::vector<int32_t*> rows;
-    ~Entries() {
-      for (int32_t* row : rows) free(row);
+  struct Rows {  // frees their buffers whatever happens
+    std::vector<int32_t*> data;
+    ~Rows() {
+      for (int32_t* row : data) free(row);
     }
-  } entries{std::vector<int32_t*>((size_t)a.N, nullptr)};
+  } rows{std::vector<int32_t*>((size_t)a.N, nullptr)};
   Tensor offsets = make({a.N + 1}, ScalarType::Long);
   int64_t* offset = (int64_t*)offsets.mutable_data_ptr();
-  offset[0] = 0;
-  a.entries = entries.rows.data();
+  std::fill_n(offset, a.N + 1, 0);
+  a.entries = rows.data.data();
   a.counts = offset + 1;
+  Column values, indices;
   const Screen how = use_copy(&p, screen, copy);
-  const bool certain = encode(p, how, candidates, workspace);
-  for (int64_t n = 0; n < a.N; ++n) offset[n + 1] += offset[n];
-  Tensor values = make({offset[a.N]}, ScalarType::Float);
-  Tensor indices = make({offset[a.N]}, ScalarType::Int);
-  float* value = (float*)values.mutable_data_ptr();
-  int32_t* index = (int32_t*)indices.mutable_data_ptr();
-  for (int64_t n = 0; n < a.N; ++n) {
-    const size_t count = (size_t)(offset[n + 1] - offset[n]);
-    if (count == 0) continue;
-    memcpy(index + offset[n], entries.rows[(size_t)n], count * 4);
-    memcpy(value + offset[n], entries.rows[(size_t)n] + count, count * 4);
-  }
-  return {values, indices, offsets, certain};
+  const int64_t full = encode(p, how, candidates, workspace, [&](int64_t first, int64_t count) {
+    for (int64_t n = first; n < first + count; ++n) {
+      int32_t*& row = rows.data[(size_t)n];
+      indices.add(row, offset[n + 1]);
+      values.add(row + offset[n + 1], offset[n + 1]);
+      free(row);
+      row = nullptr;
+      offset[n + 1] += offset[n];
+    }
+  });
+  return {values.release(ScalarType::Float), indices.release(ScalarType::Int), offsets, full};
 }
 
 Tensor encode_stages() {
@@ -378,8 +341,6 @@ int64_t release() { return (int64_t)release_workspaces(); }
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
   m.impl("_encode_topk", TORCH_BOX(&fastsae::encode_topk));
   m.impl("_encode_threshold", TORCH_BOX(&fastsae::encode_threshold));
-  m.impl("_encode_copy", TORCH_BOX(&fastsae::encode_copy));
-  m.impl("_encode_digest", TORCH_BOX(&fastsae::encode_digest));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CompositeExplicitAutograd, m) {

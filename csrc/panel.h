@@ -14,7 +14,7 @@ struct Panel {
   float *norms, *errors, *products;      // [kPanel]: |w|, |w - w~|, <centre, w>
   float *bias, *threshold;               // [kPanel]: b_enc + <centre, w>, θ
   bf16* rounded;                         // [16][32 * steps] rows on their way into tiles
-  float* h;                              // [32][kPanel] products with a block of rows
+  float* h;                              // [kScanRows + a block of dots][kPanel] products
 };
 
 // Rounds 16 weight rows from `first` on into tiles; those from `end` on are zero.
@@ -22,7 +22,7 @@ template <class I, class T>
 inline void round_rows(const T* W, int64_t D, int64_t first, int64_t end, const float* centre,
                        bf16* rounded, bf16* tiles, float* norms, float* errors, float* products) {
   const int64_t steps = (D + 31) / 32;
-  const float flushed = (float)(__builtin_sqrt((double)D) * kSmallest);
+  const float flushed = (float)(__builtin_sqrt((double)D) * kFlushed);
   for (int64_t i = 0; i < 16; ++i) {
     bf16* out = rounded + i * steps * 32;
     if (first + i >= end) {
@@ -74,7 +74,7 @@ inline void byte_rows(const CopyArgs& a, int64_t begin, int64_t end) {
   Memory memory(4 * padded_to(a.D, kBytes));
   float* wide = (float*)memory.data;
   const int64_t D = a.D, blocks = padded_to(D, kBytes) / kBytes;
-  const float flushed = (float)(__builtin_sqrt((double)D) * kSmallest);
+  const float flushed = (float)(__builtin_sqrt((double)D) * kFlushed);
   for (int64_t f = begin; f < end; ++f) {
     read_row(a.W, a.weight_type, f * D, D, wide);
     for (int64_t j = D; j < blocks * kBytes; ++j) wide[j] = 0;

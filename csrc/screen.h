@@ -15,7 +15,7 @@ namespace {
 inline int64_t padded_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 constexpr float kHuge = 1e18f;          // larger norms could overflow inside the product
-constexpr float kSmallest = 0x1p-125f;  // twice the least normal: what flushing a denormal can cost
+constexpr float kFlushed = 0x1p-125f;  // what flushing a denormal can cost: twice the least normal
 
 // sqrt of a sum of squares, rounded up. The sum was taken in fp32 over n terms of 16 lanes; its
 // squares may have underflowed.
@@ -71,7 +71,7 @@ inline float quantise(const float* v, int64_t n, float limit, Q* q, float* error
   for (int64_t j = 0; j < n; ++j) {
     const float r = v[j] * inverse, rounded = (r + 12582912.0f) - 12582912.0f;
     const float clamped = rounded > limit ? limit : (rounded < -limit ? -limit : rounded);
-    q[j] = (Q)(int32_t)clamped;
+    q[j] = clamped == clamped ? (Q)(int32_t)clamped : (Q)0;  // NaN: the norms say so
     const float d = v[j] - scale * clamped;
     squares += d * d;
   }
@@ -93,9 +93,9 @@ inline void round_words(const CentreArgs& a, int64_t n, const float* about, doub
   // scale * q is rounded where d is taken: 2^-24 of |d|.
   const double lost = __builtin_sqrt((double)error * slack + (double)D * 0x1p-125) + 0x1p-23 * whole;
   const double rounded = whole + lost;
-  const double screened = (double)(D / kBytes + 4) * 0x1p-24 * rounded;
+  const double screened = 1.04 * (double)(D / kBytes + 8) * 0x1p-24 * rounded;
   const double rescored = (double)(D / 32 + 8) * 0x1p-24 * (whole + 2 * far);
-  const double flushed = __builtin_sqrt((double)D) * kSmallest;
+  const double flushed = __builtin_sqrt((double)D) * kFlushed;
   a.bounds[2 * n] =
       (float)((lost + screened + rescored + 0x1p-23 * whole + flushed) * (1.0 + 0x1p-20));
   a.bounds[2 * n + 1] = (float)(rounded * (1.0 + 0x1p-20));
@@ -109,8 +109,9 @@ void centre_rows(const CentreArgs& a, int64_t begin, int64_t end) {
   const int64_t D = a.D, steps = (D + 31) / 32;
   Memory memory(4 * D);
   float* about = (float*)memory.data;
-  const double screened = ((double)D + 8.0) * 0x1p-24, rescored = (double)(D / 32 + 8) * 0x1p-24;
-  const double flushed = __builtin_sqrt((double)D) * kSmallest;
+  // Sums of |d~| |w~|: |w~| <= 1.04 |w|, in bf16 as in int8.
+  const double screened = 1.04 * ((double)D + 8.0) * 0x1p-24, rescored = (double)(D / 32 + 8) * 0x1p-24;
+  const double flushed = __builtin_sqrt((double)D) * kFlushed;
   for (int64_t n = begin; n < end; ++n) {
     float* row = a.centred + n * a.stride;
     read_row(a.x, a.x_type, n * D, D, row);
@@ -146,17 +147,17 @@ template <class I>
 struct Bound {
   typename I::Vec x_error, x_norm, absolute, relative;
 
-  Bound(const EncodeArgs& a, int64_t n) {
+  inline void set(const EncodeArgs& a, int64_t n) {
     x_error = I::set1(a.bounds[2 * n]);
     x_norm = I::set1(a.bounds[2 * n + 1]);
-    absolute = I::set1((float)a.D * kSmallest);
+    absolute = I::set1((float)a.D * kFlushed);
     relative = I::set1(0x1p-20f);
   }
   inline typename I::Vec error(typename I::Vec h, typename I::Vec b, typename I::Vec norm,
-                               typename I::Vec error) const {
+                               typename I::Vec lost) const {
     const typename I::Vec size = I::add(I::abs(h), I::abs(b));
     const typename I::Vec rounding = I::fma(relative, size, absolute);
-    return I::fma(x_error, norm, I::fma(x_norm, error, rounding));
+    return I::fma(x_error, norm, I::fma(x_norm, lost, rounding));
   }
 };
 

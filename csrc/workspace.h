@@ -2,6 +2,7 @@
 // kernels that fill them.
 #pragma once
 #include <cstddef>
+#include <cstdlib>
 
 namespace fastsae {
 
@@ -17,6 +18,7 @@ class Workspace {
   T* take(size_t count) {
     T* part = (T*)(data_ + used_);
     used_ += (count * sizeof(T) + 63) / 64 * 64;
+    if (used_ > bytes_) std::abort();  // whoever asked for `bytes` cannot count
     return part;
   }
 

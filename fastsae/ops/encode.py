@@ -1,12 +1,13 @@
 """Sparse encoding: from residual activations to the few active latents."""
 
+import contextlib
 import numbers
 
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
-from fastsae.ops import check
+from fastsae.ops import check, screens
 
 
 def encode_topk(
@@ -41,9 +42,9 @@ def encode_topk(
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
     check.count("k", k, W_enc.shape[0], "d_sae")
     check.one_of("precision", precision, ("exact", "fast"))
-    values, indices = torch.ops.fastsae.encode_topk(
-        flat, W_enc, b_enc, k, b_dec, precision, backend or ""
-    )
+    op = torch.ops.fastsae.encode_topk
+    with _training(W_enc):
+        values, indices = op(flat, W_enc, b_enc, k, b_dec, precision, backend or "")
     shape = (*x.shape[:-1], k)
     return values.view(shape), indices.view(shape)
 
@@ -80,7 +81,17 @@ def encode_threshold(
         threshold = threshold.expand(W_enc.shape[0])
     threshold = check.vector("threshold", threshold, W_enc.shape[0])
     check.same_device(x=x, threshold=threshold)
-    return torch.ops.fastsae.encode_threshold(flat, W_enc, b_enc, threshold, b_dec, backend or "")
+    op = torch.ops.fastsae.encode_threshold
+    with _training(W_enc):
+        return op(flat, W_enc, b_enc, threshold, b_dec, backend or "")
+
+
+def _training(W_enc: Tensor):
+    """Weights whose gradient is recorded are about to change: no copies of them."""
+    recorded = W_enc.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not recorded:
+        return contextlib.nullcontext()
+    return screens.paused()
 
 
 def _arguments(x, W_enc, b_enc, b_dec):

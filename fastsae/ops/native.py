@@ -13,8 +13,8 @@ from torch import Tensor
 from fastsae.ops import extension, screens
 from fastsae.ops.reference import full_precision
 
-DENSE_ROWS = 16  # up to here all fp32 dots cost less than rounding W for a screen
-TILE_ROWS = 8  # up to here reading an int8 copy of W beats reading one in bf16
+TILE_ROWS = 8  # more rows are screened in AMX tiles where there are any
+BYTE_ROWS = 16  # up to here an int8 copy of W is read where there are no tiles
 DENSE_SHARE = 5  # from k = F / 5 on all fp32 dots, side by side, cost less than those of a screen
 CANDIDATES = 512  # entries of a candidate list, at least; rows with more compute every dot
 WORKSPACE = 44 << 20  # bytes that encoding may use for a tile of rows
@@ -93,25 +93,24 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
 def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:
     """The tensors of run(screen, copy, CANDIDATES, WORKSPACE) with the cheapest screen.
 
-    The last thing that `run` returns is whether every value lay within its bound.
+    The last thing that `run` returns is how many rows no screen could help, or -1: the copy is of
+    other weights, and the call is repeated without it.
     """
-
-    def centre():
-        mean = x.float().mean(0) - (0 if b_dec is None else b_dec)
-        return torch.where(mean.isfinite(), mean, 0)
-
     n, tiles = x.shape[0], isa() == "amx"
-    copy = None
-    if tiles and n > TILE_ROWS and W.dtype == torch.float32:
-        copy = screens.find(W, "bf16", centre)
-    elif 0 < n <= (TILE_ROWS if tiles else DENSE_ROWS):
-        copy = screens.find(W, "int8", centre)
-    *result, certain = run(n > DENSE_ROWS, copy or [], CANDIDATES, WORKSPACE)
-    if not certain:
+    many, found = n > TILE_ROWS, None
+    if tiles and many:
+        found = screens.find(W, "bf16") if W.dtype == torch.float32 else None
+    elif 0 < n <= BYTE_ROWS:
+        found = screens.find(W, "int8")
+    if found is not None:
+        *result, full = run(many, found.copy(x, b_dec), CANDIDATES, WORKSPACE)
+        if full >= 0:
+            found.judge(full, n)
+            return tuple(result)
         screens.drop(W)
-        *result, certain = run(n > DENSE_ROWS, [], CANDIDATES, WORKSPACE)
-        if not certain:
-            raise RuntimeError("encode: a value lies outside its certified bound; report this bug")
+    *result, full = run(many, [], CANDIDATES, WORKSPACE)
+    if full < 0:
+        raise RuntimeError("encode: a value lies outside its certified bound; report this bug")
     return tuple(result)
 
 
@@ -123,7 +122,7 @@ def release_workspaces() -> int:
 def encode_stages() -> dict[str, float]:
     """Seconds that the stages of this thread's last encode took; see csrc/encode.h.
 
-    "full" is what the rows without a certificate cost on top.
+    "full" is the part of all others that rows without a certificate took.
     """
     names = ("rows", "scan", "plan", "rescore", "write", "full")
     return dict(zip(names, _leaf._encode_stages().tolist(), strict=True))

@@ -38,9 +38,10 @@ LEAVES: tuple[str, ...] = (
     "_gather_dot(Tensor g, Tensor W, Tensor indices) -> Tensor",
     "_sparse_outer(Tensor values, Tensor indices, Tensor g, int F) -> (Tensor, Tensor)",
     "_encode_topk(Tensor x, Tensor W, Tensor b_enc, Tensor? b_dec, int k, bool exact, bool screen,"
-    " Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, bool)",
+    " Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, int)",
     "_encode_threshold(Tensor x, Tensor W, Tensor b_enc, Tensor? b_dec, Tensor threshold,"
-    " bool screen, Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, Tensor, bool)",
+    " bool screen, Tensor[] copy, int candidates, int workspace) -> (Tensor, Tensor, Tensor, int)",
+    "_encode_centre(Tensor x, Tensor? b_dec) -> Tensor",
     "_encode_copy(Tensor W, Tensor centre, bool bytes) -> (Tensor, Tensor, Tensor)",
     "_encode_digest(Tensor W) -> int",
     "_encode_stages() -> Tensor",

@@ -3,14 +3,17 @@
 A copy (bf16 in AMX tiles for many rows, int8 for a few) only decides which exact values are
 computed, from the weights themselves; but one of weights that have changed could leave a member
 out. So:
-- a copy is made when the same weights, unchanged, are used for the second time, never while they
-  are being trained, and dropped with them: it is keyed by storage, version counter and shape;
-- edits that no version counter sees (`.data`, NumPy) are caught by a digest of one cache line of
-  every row, compared before every use, and by the certificate: a value outside its bound proves
-  that the copy is of other weights. Either way the call is repeated without it.
-An edit of a few single weights through `.data` or NumPy can escape both: call `clear()` after it.
+- a copy is made when the same weights, unchanged, are used for the second time, never by a call
+  that records gradients of them, and dropped with them: it is keyed by storage, version counter
+  and shape;
+- edits that no version counter sees (`.data`, NumPy, fused optimizers; any edit where `.data` is
+  what is encoded with) are caught by a digest of one cache line of every row, compared before every
+  use, and by the certificate: a value outside its bound proves that the copy is of other weights.
+  Either way the call goes on without it.
+An edit of a few single weights in such a way can escape both: call `clear()` after it.
 """
 
+import contextlib
 import dataclasses
 import os
 import threading
@@ -23,22 +26,57 @@ from fastsae.errors import FastsaeError
 
 SMALLEST = 16 << 20  # bytes of weights from which reading a copy instead pays
 REMEMBERED = 64  # weights seen once, or copied
+_STRIKES = 3  # calls that a copy mostly did not help, after which it is made anew
 _VARIABLE = "FASTSAE_SCREENS"
 
-_lock = threading.Lock()
-_seen: "dict[tuple, _Weights]" = {}
+_seen: "dict[tuple, _Weights]" = {}  # least recently used first
+_lock = threading.RLock()
+_local = threading.local()
 
 
 @dataclasses.dataclass
 class _Weights:
+    """What is known of one encoder's weights: its copies while it is used, changed or not."""
+
     storage: StorageWeakRef
     version: int
     digest: int | None = None
     centre: Tensor | None = None
+    strikes: int = 0
     copies: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
+    lock: "threading.RLock" = dataclasses.field(default_factory=threading.RLock)
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for copy in self.copies.values() for t in copy)
+
+
+class Found:
+    """The use of a copy by one call."""
+
+    def __init__(self, weights: _Weights, W: Tensor, kind: str):
+        self._weights, self._W, self._kind = weights, W, kind
+
+    def copy(self, x: Tensor, b_dec: Tensor | None) -> list[Tensor]:
+        """The copy as `_encode_topk` takes it. A first one screens about the mean of x - b_dec."""
+        weights, W, kind = self._weights, self._W, self._kind
+        with weights.lock:
+            digest = torch.ops.fastsae._encode_digest(W)
+            if digest != weights.digest:
+                weights.copies, weights.digest, weights.centre = {}, digest, None
+            if kind not in weights.copies:
+                if weights.centre is None:
+                    weights.centre = torch.ops.fastsae._encode_centre(x, b_dec)
+                parts = torch.ops.fastsae._encode_copy(W, weights.centre, kind == "int8")
+                weights.copies[kind] = [*parts, weights.centre]
+            return weights.copies[kind]
+
+    def judge(self, full: int, rows: int) -> None:
+        """Drops a copy that did not help most rows of several calls: its centre is a bad one."""
+        weights = self._weights
+        weights.strikes = weights.strikes + 1 if 2 * full > rows else 0
+        if weights.strikes >= _STRIKES:
+            with weights.lock:
+                weights.copies, weights.centre, weights.strikes = {}, None, 0
 
 
 def enabled() -> bool:
@@ -47,6 +85,16 @@ def enabled() -> bool:
     if value not in ("0", "1"):
         raise FastsaeError(f"{_VARIABLE}: got {value!r}, expected 0 or 1")
     return value == "1"
+
+
+@contextlib.contextmanager
+def paused():
+    """No copy is made or used by this thread: the weights are being trained."""
+    before, _local.paused = getattr(_local, "paused", False), True
+    try:
+        yield
+    finally:
+        _local.paused = before
 
 
 def size(W: Tensor, kind: str) -> int:
@@ -69,48 +117,39 @@ def clear() -> None:
         _seen.clear()
 
 
-def _key(W: Tensor) -> tuple:
-    return W.untyped_storage()._cdata, W.data_ptr(), W.dtype, tuple(W.shape)
-
-
-def find(W: Tensor, kind: str, centre) -> list[Tensor] | None:
-    """The copy of W as `_encode_topk` takes it, or None if this call should do without.
-
-    `centre()` gives the point [D] about which a first copy of W screens.
-    """
-    if W.nbytes < SMALLEST or W.is_inference() or not enabled():
+def find(W: Tensor, kind: str) -> Found | None:
+    """The use of a copy of W for this call, or None if it should do without."""
+    if W.nbytes < SMALLEST or W.is_inference() or getattr(_local, "paused", False):
         return None
-    if W.requires_grad and torch.is_grad_enabled():
-        return None  # about to be trained
-    storage, key = W.untyped_storage(), _key(W)
+    if not enabled():
+        return None
+    storage = W.untyped_storage()
+    key = (storage._cdata, W.data_ptr(), W.dtype, tuple(W.shape))
     with _lock:
-        weights = _seen.get(key)
-        if weights is None or weights.storage.expired() or weights.version != W._version:
-            for other in [k for k, w in _seen.items() if w.storage.expired()]:
-                del _seen[other]
-            _seen.pop(key, None)
-            while len(_seen) >= REMEMBERED:
-                del _seen[next(iter(_seen))]
-            _seen[key] = _Weights(StorageWeakRef(storage), W._version)
-            return None
-        digest = _digest(W)
-        if digest != weights.digest:
-            weights.copies.clear()
-            weights.digest, weights.centre = digest, None
-        if kind not in weights.copies:
-            if weights.centre is None:
-                weights.centre = centre()
-            parts = torch.ops.fastsae._encode_copy(W, weights.centre, kind == "int8")
-            weights.copies[kind] = [*parts, weights.centre]
-        return weights.copies[kind]
-
-
-def _digest(W: Tensor) -> int:
-    return torch.ops.fastsae._encode_digest(W)
+        weights = _seen.pop(key, None)
+        if weights is not None and not weights.storage.expired() and weights.version == W._version:
+            _seen[key] = weights
+            return Found(weights, W, kind)
+        for other in [k for k, w in _seen.items() if w.storage.expired()]:
+            del _seen[other]
+        while len(_seen) >= REMEMBERED:
+            idle = (k for k, w in _seen.items() if not w.copies)
+            del _seen[next(idle, next(iter(_seen)))]
+        _seen[key] = _Weights(StorageWeakRef(storage), W._version)
+        return None
 
 
 def drop(W: Tensor) -> None:
-    """Forgets the copies of W: the certificate has shown that they are of other weights."""
+    """Forgets the copies of W: they have turned out to be of other weights."""
     with _lock:
         for key in [k for k in _seen if k[1] == W.data_ptr()]:
             del _seen[key]
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread may have held it
+    _seen.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -22,7 +22,7 @@ if extension.problem() is None:
 @pytest.fixture(autouse=True)
 def screens_are_tested(monkeypatch):
     """Small batches skip the screen; here nine rows are enough for one."""
-    monkeypatch.setattr(native, "DENSE_ROWS", 4)
+    monkeypatch.setattr(native, "TILE_ROWS", 4)
     monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
@@ -91,7 +91,7 @@ def test_thread_counts_give_the_same_bits(sae, threads, count, same):
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_batch_sizes_give_the_same_bits(sae, isa, n, same):
-    """Up to DENSE_ROWS rows there is no screen at all, and more rows screen in other tiles."""
+    """Up to TILE_ROWS rows there is no screen at all, and more rows screen in other tiles."""
     s = sae
     values, indices = native.encode_topk(s.x, s.W_enc, s.b_enc, 17, s.b_dec)
     part = native.encode_topk(s.x[:n], s.W_enc, s.b_enc, 17, s.b_dec)
@@ -105,8 +105,8 @@ def test_batch_sizes_give_the_same_bits(sae, isa, n, same):
 @pytest.mark.parametrize(
     "name,value",
     [
-        ("DENSE_ROWS", 0),  # always a screen
-        ("DENSE_ROWS", 99),  # never one
+        ("TILE_ROWS", 0),  # always a screen
+        ("TILE_ROWS", 99),  # never one
         ("DENSE_SHARE", 99),  # nor here
         ("CANDIDATES", 1),  # lists are full early
         ("WORKSPACE", 1),  # one row at a time

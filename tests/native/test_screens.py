@@ -1,10 +1,13 @@
 """Screens: lists that overflow, the certificate, and copies of weights that must never be stale."""
 
+import math
+import os
+
 import pytest
 import torch
 
 import fastsae
-from fastsae import FastsaeError
+from fastsae import FastsaeError, ops
 from fastsae.formats.describe import describe
 from fastsae.ops import extension, screens
 from fastsae.ops.backend import supported
@@ -20,7 +23,7 @@ if extension.problem() is None:
 @pytest.fixture(autouse=True)
 def screens_are_tested(monkeypatch):
     """Small batches skip screens; here few rows are enough."""
-    monkeypatch.setattr(native, "DENSE_ROWS", 4)
+    monkeypatch.setattr(native, "TILE_ROWS", 4)
     monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
@@ -32,12 +35,12 @@ def test_more_candidates_than_a_list_holds(isa, rows, monkeypatch, same):
     x = torch.randn(rows, 50)
     bias = torch.full((6000,), 30.0)
     values, indices = native.encode_topk(x, W, bias, 7)
-    monkeypatch.setattr(native, "DENSE_ROWS", 99)
+    monkeypatch.setattr(native, "TILE_ROWS", 99)
     same(native.encode_topk(x, W, bias, 7), (values, indices))
     offsets = native.encode_threshold(x, W, bias, torch.zeros(6000))[2]
     assert offsets.diff().tolist() == [6000] * rows
     if isa == "amx":
-        monkeypatch.setattr(native, "DENSE_ROWS", 0)
+        monkeypatch.setattr(native, "TILE_ROWS", 0)
         native.encode_topk(x, W, bias, 7)
         assert native.encode_stages()["full"] > 0, "the test meant to overflow"
 
@@ -93,7 +96,7 @@ def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind,
     for _ in range(3):
         same(run(), wanted)
     tiles = isa == "amx" and weights == torch.float32 and n > native.TILE_ROWS
-    few = n <= (native.TILE_ROWS if isa == "amx" else native.DENSE_ROWS)
+    few = n <= (native.TILE_ROWS if isa == "amx" else native.BYTE_ROWS)
     made = "bf16" if tiles else "int8" if few else None
     assert copies.total_bytes() == (copies.size(W, made) + 4 * 83 if made else 0)
 
@@ -124,34 +127,94 @@ def test_copies_follow_their_weights(encode_sample, copies, isa, n, same):
     assert copies.total_bytes() == 0
 
 
+@pytest.mark.parametrize("op", ["topk", "threshold"])
 @pytest.mark.parametrize("n", [2, 40])
-def test_the_certificate_finds_a_copy_of_other_weights(
-    encode_sample, copies, isa, n, monkeypatch, same
-):
+def test_the_certificate_knows_a_stale_copy(encode_sample, copies, isa, n, op, same):
     """Weights changed behind every counter: exact values outside their bounds give it away."""
     s = encode_sample(n=n, d=83, f=2011)
+    s.x[1] = math.nan  # a row that no screen serves
     W = s.W_enc.clone()
+
+    def run(W):
+        if op == "topk":
+            return native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+        return native.encode_threshold(s.x, W, s.b_enc, s.threshold, s.b_dec)
+
     for _ in range(2):
-        native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
-    if copies.total_bytes():
-        digest = screens._digest(W)
-        monkeypatch.setattr(screens, "_digest", lambda W: digest)
+        run(W)
     W.data.mul_(1.5)
-    fresh = native.encode_topk(s.x, W.clone(), s.b_enc, 17, s.b_dec)
-    same(native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec), fresh)
-    assert copies.total_bytes() == 0
+    digest = torch.ops.fastsae._encode_digest(W)
+    for weights in screens._seen.values():
+        weights.digest = digest  # as if the digest had been blind
+    fresh = run(W.clone())
+    same(run(W), fresh)
 
 
-def test_no_copy_while_weights_are_trained(encode_sample, copies):
+def test_the_digest_sees_the_end_of_every_row(dtype):
+    for d in (83, 3, 1, 16, 33):
+        W = torch.randn(3000, d, dtype=dtype)
+        before = torch.ops.fastsae._encode_digest(W)
+        assert torch.ops.fastsae._encode_digest(W.clone()) == before
+        W[:, d - 1] += 1
+        assert torch.ops.fastsae._encode_digest(W) != before
+
+
+def test_no_copy_by_calls_that_record_gradients(encode_sample, copies):
     s = encode_sample(n=2, d=83, f=2011)
     W = s.W_enc.clone().requires_grad_()
     for _ in range(3):
-        native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+        ops.encode_topk(s.x, W, s.b_enc, 17, b_dec=s.b_dec, backend="native")
+        ops.encode_threshold(s.x, W, s.b_enc, s.threshold, backend="native")
     assert copies.total_bytes() == 0
     with torch.no_grad():
         for _ in range(2):
-            native.encode_topk(s.x, W, s.b_enc, 17, s.b_dec)
+            ops.encode_topk(s.x, W, s.b_enc, 17, b_dec=s.b_dec, backend="native")
     assert copies.total_bytes() > 0
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_copy_about_an_outlier_is_made_anew(encode_sample, copies, n):
+    s = encode_sample(n=n, d=83, f=2011)
+    first = s.x * 1e7
+    for _ in range(2):
+        native.encode_topk(first, s.W_enc, s.b_enc, 17)
+    for _ in range(2 + screens._STRIKES):
+        native.encode_topk(s.x, s.W_enc, s.b_enc, 17)
+    assert native.encode_stages()["full"] == 0
+
+
+def test_one_long_row_does_not_spoil_the_centre():
+    x = torch.randn(65, 40) + 3
+    x[7] *= 1e5
+    x[9] = math.inf
+    centre = torch.ops.fastsae._encode_centre(x, torch.ones(40))
+    assert (centre - 2).abs().max() < 1
+    assert not torch.ops.fastsae._encode_centre(x[9:10], None).any()
+
+
+def test_the_least_used_weights_are_forgotten_first(encode_sample, copies, monkeypatch):
+    monkeypatch.setattr(screens, "REMEMBERED", 3)
+    s = encode_sample(n=2, d=83, f=2011)
+    several = [s.W_enc.clone() for _ in range(5)]
+    for W in several[:2]:
+        for _ in range(2):
+            native.encode_topk(s.x, W, s.b_enc, 17)
+    kept = copies.total_bytes()
+    for W in several[2:]:
+        native.encode_topk(s.x, W, s.b_enc, 17)
+    assert copies.total_bytes() == kept > 0
+
+
+def test_a_forked_child_starts_without_copies(encode_sample, copies):
+    s = encode_sample(n=2, d=83, f=2011)
+    for _ in range(2):
+        native.encode_topk(s.x, s.W_enc, s.b_enc, 17)
+    assert copies.total_bytes() > 0
+    with screens._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if copies.total_bytes() == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_copies_can_be_turned_off(encode_sample, copies, monkeypatch):
