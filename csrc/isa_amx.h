@@ -70,6 +70,45 @@ struct Amx : Avx512 {
     _tile_stored(3, c + 16 * stride + 16, stride * 4);
   }
 
+  // multiply_tiles for operands in P parts of falling size (hi + mid + lo), which lie tile beside
+  // tile in every step. Of three parts, the three smallest of nine products are left out.
+  template <int P>
+  FASTSAE_INLINE void multiply_parts(const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1,
+                                     int64_t steps, float* c, int64_t stride) {
+    static_assert(P == 1 || P == 3);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    // Part by part along a path on which two products in a row share a part.
+    constexpr int kA[6] = {2, 1, 1, 0, 0, 0}, kB[6] = {0, 0, 1, 1, 2, 0}, first = P == 1 ? 5 : 0;
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 6
+      for (int i = first; i < 6; ++i) {
+        if (i == first || kA[i] != kA[i - 1]) {
+          _tile_loadd(4, a0 + kA[i] * 512, 64);
+          _tile_loadd(5, a1 + kA[i] * 512, 64);
+        }
+        if (i == first || kB[i] != kB[i - 1]) {
+          _tile_loadd(6, b0 + kB[i] * 512, 64);
+          _tile_loadd(7, b1 + kB[i] * 512, 64);
+        }
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      a0 += P * 512;
+      a1 += P * 512;
+      b0 += P * 512;
+      b1 += P * 512;
+    }
+    _tile_stored(0, c, stride * 4);
+    _tile_stored(1, c + 16, stride * 4);
+    _tile_stored(2, c + 16 * stride, stride * 4);
+    _tile_stored(3, c + 16 * stride + 16, stride * 4);
+  }
+
   // out[i][j] = in[j][i] for 16 x 16 pairs of bf16; rows of `in` are `stride` elements apart.
   FASTSAE_INLINE void transpose_pairs(const bf16* in, int64_t stride, bf16* out) {
     __m512i a[16], b[16];

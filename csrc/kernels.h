@@ -171,6 +171,26 @@ struct SteerArgs {
   SteerTableArgs table;
 };
 
+// Rows of a matrix in tiles of `parts` bf16 that add up to the values (parts = 1: they are bf16).
+struct MiSplitArgs {
+  const void* x;  // [N, D] of type
+  DType type;
+  int64_t N, D, parts;
+  bool columns;  // pairs across 16 rows, as the right operand of a product has them
+  bf16* tiles;   // [N / 16, even][D / 32 up][parts][16][32], or [16 pairs][16 columns][2]
+};
+
+struct MiProductArgs {
+  const bf16 *features, *words;  // of MiSplitArgs
+  int64_t n, V, D, parts;
+  float* logits;     // [n, V], or null where only the sums are wanted
+  float scale;       // the rest: see MiArgs; null where only the logits are wanted
+  float* column_max;
+  float* column_sum;
+};
+
+constexpr int64_t kMiWords = 128;
+
 enum class Objective : int32_t { mi = 0, pmi = 1, paper = 2, logit = 3 };
 
 struct MiArgs {
@@ -204,6 +224,8 @@ struct Kernels {
   void (*encode_write)(const EncodeArgs&, int64_t begin, int64_t end);             // rows
   bool tiles;  // encode_scan can screen
   void (*steer_rows)(const SteerArgs&, int64_t begin, int64_t end);
+  void (*mi_split)(const MiSplitArgs&, int64_t begin, int64_t end);      // blocks of 16 rows
+  void (*mi_product)(const MiProductArgs&, int64_t begin, int64_t end);  // blocks of kMiWords words
   void (*mi_columns)(const MiArgs&, int64_t begin, int64_t end);
   void (*mi_rows)(const MiArgs&, int64_t begin, int64_t end);
 };

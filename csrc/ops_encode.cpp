@@ -49,11 +49,14 @@ struct Plan {
     wanted = a.threshold ? (screen == Screen::none ? width : candidates) : std::max(candidates, 4 * a.k);
     capacity = (std::min(width, wanted) + kPanelRoom + 15) / 16 * 16;
     // Lists, what rescoring and writing add to them, and the row itself.
-    const int64_t row = ranges * (capacity * 28 + (int64_t)sizeof(Tally)) + 8 * (a.D + 64) + 160;
+    const int64_t entry = a.threshold ? 36 : 20;
+    const int64_t row = ranges * (capacity * entry + (int64_t)sizeof(Tally)) + 8 * (a.D + 64) + 160;
     const int64_t scratch = threads * (capacity * 64 + 44 * kMostFeatures * 4 + 2 * kPanelBytes);
     workspace = std::max(workspace - scratch, workspace / 4);
     tile = std::max<int64_t>(1, workspace / row);
     if (tile > 32) tile = tile / 32 * 32;
+    const int64_t tiles = (a.N + tile - 1) / tile;  // as many, of about the same size
+    if (tiles > 1) tile = std::min(tile, ((a.N + tiles - 1) / tiles + 31) / 32 * 32);
   }
 };
 
@@ -151,9 +154,11 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   parallel(rows, 4096, [&](int64_t b, int64_t e) { kernels().encode_write(a, b, e); });
 }
 
-// Every value of listed rows, by rescoring dots: too many candidates, or no bound.
+// Every value of listed rows, by rescoring dots: too many candidates, or no bound. Calls
+// done(row) when everything before `row` is there.
+template <class Done>
 void encode_fully(const Problem& p, const std::vector<int64_t>& rest, int64_t candidates,
-                  int64_t workspace) {
+                  int64_t workspace, const Done& done) {
   const double before = std::accumulate(stages, stages + 5, 0.0);
   const size_t row = (size_t)p.a.D * bytes_of(p.x_type);
   const Plan plan(p, Screen::none, candidates, workspace);
@@ -173,11 +178,12 @@ void encode_fully(const Problem& p, const std::vector<int64_t>& rest, int64_t ca
     std::vector<uint8_t> left(count, 0);
     encode_tile(full, plan, Screen::none, 0, (int64_t)count, &rest[i], left.data());
     STD_TORCH_CHECK(std::find(left.begin(), left.end(), 1) == left.end(), "a full list overflowed");
+    if (i + count < rest.size()) done(rest[i + count]);
   }
   stages[5] += std::accumulate(stages, stages + 5, 0.0) - before;
 }
 
-// Encodes tile by tile and calls done(first row, rows) after each. Returns how many rows took the
+// Encodes tile by tile and calls done(row) when everything before `row` is there. Returns how many rows took the
 // full path, or -1: a value fell outside its bound, so the copy is not of these weights, and the
 // outputs are worth nothing.
 template <class Done>
@@ -200,9 +206,9 @@ int64_t encode(Problem p, Screen screen, int64_t candidates, int64_t workspace, 
     for (int64_t i = 0; i < rows; ++i) {
       if (left[(size_t)i]) rest.push_back(n + i);
     }
-    if (!rest.empty()) encode_fully(p, rest, candidates, workspace);
+    if (!rest.empty()) encode_fully(p, rest, candidates, workspace, done);
     total += (int64_t)rest.size();
-    done(n, rows);
+    done(n + rows);
   }
   return total;
 }
@@ -258,7 +264,7 @@ std::tuple<Tensor, Tensor, int64_t> encode_topk(const Tensor& x, const Tensor& W
   p.a.values = (float*)values.mutable_data_ptr();
   p.a.indices = (int32_t*)indices.mutable_data_ptr();
   const Screen how = use_copy(&p, screen, copy);
-  const int64_t full = encode(p, how, candidates, workspace, [](int64_t, int64_t) {});
+  const int64_t full = encode(p, how, candidates, workspace, [](int64_t) {});
   return {values, indices, full};
 }
 
@@ -314,8 +320,9 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> encode_threshold(
   a.counts = offset + 1;
   Column values, indices;
   const Screen how = use_copy(&p, screen, copy);
-  const int64_t full = encode(p, how, candidates, workspace, [&](int64_t first, int64_t count) {
-    for (int64_t n = first; n < first + count; ++n) {
+  int64_t n = 0;
+  const int64_t full = encode(p, how, candidates, workspace, [&](int64_t before) {
+    for (; n < before; ++n) {
       int32_t*& row = rows.data[(size_t)n];
       indices.add(row, offset[n + 1]);
       values.add(row + offset[n + 1], offset[n + 1]);

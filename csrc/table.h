@@ -3,6 +3,7 @@
 #pragma once
 #include "encode.h"
 #include "mi.h"
+#include "mi_product.h"
 #include "sparse_outer.h"
 #include "steer.h"
 #include "train.h"
@@ -24,5 +25,7 @@
    encode_write<I>,              \
    I::kTiles,                    \
    steer_rows<I>,                \
+   mi_split<I>,                  \
+   mi_product<I>,                \
    mi_columns<I>,                \
    mi_rows<I>}

@@ -18,8 +18,10 @@ BYTE_ROWS = 16  # up to here an int8 copy of W is read where there are no tiles
 DENSE_SHARE = 5  # from k = F / 5 on all fp32 dots, side by side, cost less than those of a screen
 CANDIDATES = 512  # entries of a candidate list, at least; rows with more compute every dot
 WORKSPACE = 44 << 20  # bytes that encoding may use for a tile of rows
-MI_CHUNK_BYTES = 16 << 20  # logits of one chunk of features
-MI_KEEP_BYTES = 128 << 20  # all logits are kept for the second pass when they fit
+MI_CHUNK_BYTES = 16 << 20  # logits of one chunk of features, and as much for the features
+MI_BYTES = 232 << 20  # chunks, words and the logits that are kept for the second pass
+MI_WORDS_BYTES = 80 << 20  # words in tiles
+MI_TILE_ROWS = 32  # fewer features do not repay the splitting of words
 
 _OBJECTIVES = {"mi": 0, "pmi": 1, "paper": 2, "logit": 3}
 
@@ -129,32 +131,82 @@ def encode_stages() -> dict[str, float]:
 
 
 def mi_topk(features, words, top, objective, temperature) -> tuple[Tensor, Tensor]:
-    f, w = features.float(), words.float()
-    n, v = f.shape[0], w.shape[0]
-    step = max(1, MI_CHUNK_BYTES // (4 * v))
-    keep = n * v * 4 <= MI_KEEP_BYTES
-    buffer = f.new_empty(n if keep else min(n, step), v)
+    n, v = features.shape[0], words.shape[0]
     scale, kind = 1.0 / temperature, _OBJECTIVES[objective]
+    product, row_bytes = _tile_product(features, words, scale) or _dense_product(words, scale)
+    step = max(1, MI_CHUNK_BYTES // max(4 * v, row_bytes))
+    step = min(max(n, 1), step if step < 32 else step // 32 * 32)
+    rows = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    rest = max(0, MI_BYTES - 2 * MI_CHUNK_BYTES - v * row_bytes)
+    keep = 0 if objective == "logit" else min(n, rest // (4 * v))
+    kept, buffer = torch.empty(keep, v), torch.empty(step, v)
 
-    def chunks():
-        for i in range(0, n, step):
-            j = min(i + step, n)
-            yield torch.mm(f[i:j], w.T, out=buffer[i:j] if keep else buffer[: j - i])
+    def room(part: slice) -> Tensor | None:
+        return kept[part] if part.stop <= keep else None
 
-    column_lse = f.new_zeros(v)
-    with full_precision(f.device):
-        ready = None
+    column_lse = torch.zeros(v)
+    parts = [(torch.empty(0, top), torch.empty(0, top, dtype=torch.int32))]
+    with full_precision(features.device):
         if objective != "logit":
-            maximum, total = f.new_full((v,), -math.inf), f.new_zeros(v)
-            for chunk in chunks():
-                _leaf._mi_columns(chunk, scale, maximum, total)
+            maximum, total = torch.full((v,), -math.inf), torch.zeros(v)
+            for part in rows:
+                product(features[part], [maximum, total], room(part), buffer)
             column_lse = maximum + total.log()
-            ready = buffer.split(step) if keep else None
-        parts = [(f.new_empty(0, top), torch.empty(0, top, dtype=torch.int32))]
-        for chunk in ready or chunks():
-            parts.append(_leaf._mi_topk(chunk, column_lse, scale, kind, math.log(max(n, 1)), top))
+        for part in rows:
+            logits = room(part)
+            if logits is None:
+                logits = buffer[: part.stop - part.start]
+                product(features[part], [], logits, buffer)
+            parts.append(_leaf._mi_topk(logits, column_lse, scale, kind, math.log(max(n, 1)), top))
     scores, indices = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(indices)
+
+
+def _dense_product(words: Tensor, scale: float):
+    """product(f, sums, logits, buffer) by torch.mm in fp32, and the bytes it needs per row.
+
+    Adds f's rows to the column sums [maximum, sum] where given, and writes ⟨f, w⟩ into logits
+    [f rows, V] where given.
+    """
+    w = words.float()
+
+    def product(f, sums, logits, buffer):
+        out = buffer[: f.shape[0]] if logits is None else logits
+        torch.mm(f.float(), w.T, out=out)
+        if sums:
+            _leaf._mi_columns(out, scale, *sums)
+
+    return product, 4 * w.shape[1]
+
+
+def _tile_product(features: Tensor, words: Tensor, scale: float):
+    """_dense_product on AMX tiles with the error of an fp32 product (csrc/mi_product.h); None where
+    tiles cannot have it, or do not pay."""
+    bf16 = features.dtype == words.dtype == torch.bfloat16
+    parts = 1 if bf16 else 3
+    row_bytes = 2 * parts * words.shape[1]
+    if (
+        isa() != "amx"
+        or features.shape[0] < MI_TILE_ROWS
+        or words.shape[0] * row_bytes > MI_WORDS_BYTES
+        or not (_splittable(features) and _splittable(words))
+    ):
+        return None
+    tiles = _leaf._mi_words(words, parts)
+
+    def product(f, sums, logits, buffer):
+        out = [] if logits is None else [logits]
+        _leaf._mi_product(f, tiles, words.shape[0], parts, scale, sums, out)
+
+    return product, row_bytes
+
+
+def _splittable(x: Tensor) -> bool:
+    """Whether no part of a value, nor a product of two, overflows, or underflows and counts."""
+    if x.numel() == 0:
+        return False
+    largest = torch.maximum(x.amax(1), -x.amin(1))  # NaN stays; aminmax(dim=1) takes 5x longer
+    return bool(((largest == 0) | (largest > 2.0**-40) & (largest < 2.0**40)).all())
 
 
 def steer(x: Tensor, slots: Tensor, strengths: Tensor, table) -> Tensor:

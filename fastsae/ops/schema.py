@@ -51,6 +51,9 @@ LEAVES: tuple[str, ...] = (
     "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
     " Tensor? extra_slot, Tensor[] extra, Tensor(a!)[] state, float lr, float beta1, float beta2,"
     " float eps, int t) -> ()",
+    "_mi_words(Tensor words, int parts) -> Tensor",
+    "_mi_product(Tensor features, Tensor word_tiles, int V, int parts, float scale,"
+    " Tensor(a!)[] sums, Tensor(b!)[] logits) -> ()",
     "_mi_columns(Tensor logits, float scale, Tensor(a!) maximum, Tensor(b!) sum) -> ()",
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",
