@@ -62,21 +62,17 @@ int64_t encode_digest(const Tensor& W) {
   const int64_t lines = std::max<int64_t>(1, (bytes + 63) / 64), size = std::min<int64_t>(64, bytes);
   const char* data = (const char*)W.const_data_ptr();
   const auto line_of = [&](int64_t f) {  // the last one of a row ends with the row
-    const int64_t line = (int64_t)((uint64_t)f * 2654435761u % (uint64_t)lines);
+    const int64_t line = (int64_t)(((uint64_t)f * 2654435761u & 0xffffffffu) * (uint64_t)lines >> 32);
     return data + f * bytes + std::min(line * 64, bytes - size);
   };
   std::atomic<uint64_t> total{0};
   parallel(F, 64, [&](int64_t begin, int64_t end) {
     uint64_t sum = 0;
     for (int64_t f = begin; f < end; ++f) {
-      __builtin_prefetch(line_of(std::min(f + 32, F - 1)));
-      uint64_t hash = (uint64_t)f;
-      for (int64_t i = 0; i < size; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, line_of(f) + i, (size_t)std::min<int64_t>(8, size - i));
-        hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-        hash ^= hash >> 29;
-      }
+      __builtin_prefetch(line_of(std::min(f + 64, F - 1)));
+      uint64_t words[8] = {0}, hash = (uint64_t)f;
+      memcpy(words, line_of(f), (size_t)size);
+      for (int i = 0; i < 8; ++i) hash += (words[i] ^ (hash >> 29)) * (0x9e3779b97f4a7c15u + 2u * i);
       sum += hash;
     }
     total += sum;
