@@ -138,7 +138,7 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
 
 
 def verify(name: str, function: Callable, check: Callable, device: str) -> dict[str, float | None]:
-    """Checks a result, then measures the memory of a call that keeps nothing for the next one.
+    """Checks a first result, then measures the memory of a call that keeps nothing for the next.
 
     A copy of weights is made by a first or second call, and counted as kept.
     """
@@ -152,9 +152,11 @@ def verify(name: str, function: Callable, check: Callable, device: str) -> dict[
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        result, kept = kept_bytes(lambda: (function(0), function(0), release())[1])
+        result, kept = kept_bytes(lambda: (function(0), release())[0])
         check(name, result)
         del result
+        _, later = kept_bytes(lambda: (function(0), release())[0])
+        kept = None if kept is None else kept + later
         result, peak = resident_growth(lambda: function(0))
     found = {"peak_mb": peak, "output_mb": output_bytes(result), "kept_mb": kept}
     return {key: None if value is None else value / 2**20 for key, value in found.items()}
