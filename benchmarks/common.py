@@ -4,10 +4,10 @@ Protocol: every provider is verified first; then every round runs every provider
 after warm-up rounds that are thrown away. On CUDA a buffer larger than L2 is cleared before every
 timed call (weights much larger than L2 make this a formality) and events surround the call alone; a
 provider may also be measured as the replay of a CUDA graph of it. On the CPU a call follows an
-untimed one of the same provider, a short call three: otherwise one would pay for, and another profit from, what its
-neighbour left in the caches (0.02 or 0.3 ms for the same decoded token). In a "cold" case it does
-not, and each call gets a number by which the case rotates its inputs through more than the
-last-level cache.
+untimed one of the same provider, a short call three: otherwise one would pay for, and another
+profit from, what its neighbour left in the caches (0.02 or 0.3 ms for the same decoded token). In a
+"cold" case it does not, and each call gets a number by which the case rotates its inputs through
+more than the last-level cache.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def measure(
 
     On the CPU more than `rounds` are made when together they took less than a second. Calls of more
     than 100 ms are not preceded by an untimed one: the caches are the smallest part of them. Below
-    10 ms one is not enough: after another provider's dense product, gathering the same 67 MB of rows
-    takes 3.0, 3.0, 1.8 and 1.5 ms, whoever gathers.
+    10 ms one is not enough: after another provider's dense product, gathering the same 67 MB of
+    rows takes 3.0, 3.0, 1.8 and 1.5 ms, whoever gathers.
     """
     if device == "cuda":
         return _measure_cuda(providers, rounds, warmup)

@@ -74,8 +74,8 @@ def test_providers_take_turns_and_no_two_calls_share_a_number(bench, cold):
     calls = []
     providers = {name: functools.partial(lambda n, i: calls.append((n, i)), name) for name in "ab"}
     times = bench.common.measure(providers, "cpu", rounds=3, warmup=2, cold=cold)
-    # A warm call follows an untimed one of its own; the first round cannot know that it is short.
-    turn = ["a", "b"] if cold else ["a", "a", "b", "b"]
+    # A warm call follows untimed ones of its own; the first round cannot know that it is short.
+    turn = ["a", "b"] if cold else ["a"] * 4 + ["b"] * 4
     assert [name for name, _ in calls[:2]] == ["a", "b"]
     assert [name for name, _ in calls[2:]] == turn * ((len(calls) - 2) // len(turn))
     assert [number for _, number in calls] == list(range(len(calls)))
@@ -189,7 +189,8 @@ def test_memory_freed_earlier_does_not_hide_a_peak():
     command = [sys.executable, "-P", "-c", FREED_EARLIER, str(ROOT / "benchmarks")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert 3 * MB <= int(done.stdout) <= 6 * MB
+    # At most two of its pieces: the system may count one that has just been given back.
+    assert 3 * MB <= int(done.stdout) <= 9 * MB
 
 
 @LINUX
