@@ -14,7 +14,8 @@
     apply_to = function)
 #else
 #pragma GCC target( \
-    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,avx2,fma,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,avx2,fma,f16c," \
+    "bmi,bmi2,popcnt,prefer-vector-width=512")
 #endif
 #include "isa_amx.h"
 #include "table.h"

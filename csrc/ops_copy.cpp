@@ -59,10 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> encode_copy(const Tensor& W, const Tensor& ce
 int64_t encode_digest(const Tensor& W) {
   check(W, "W", 2);
   const int64_t F = W.size(0), bytes = W.size(1) * (int64_t)bytes_of(dtype_of(W, "W"));
-  const int64_t lines = std::max<int64_t>(1, (bytes + 63) / 64), size = std::min<int64_t>(64, bytes);
+  const int64_t lines = std::max<int64_t>(1, (bytes + 63) / 64);
+  const int64_t size = std::min<int64_t>(64, bytes);
   const char* data = (const char*)W.const_data_ptr();
   const auto line_of = [&](int64_t f) {  // the last one of a row ends with the row
-    const int64_t line = (int64_t)(((uint64_t)f * 2654435761u & 0xffffffffu) * (uint64_t)lines >> 32);
+    const uint64_t spread = (uint64_t)f * 2654435761u & 0xffffffffu;
+    const int64_t line = (int64_t)(spread * (uint64_t)lines >> 32);
     return data + f * bytes + std::min(line * 64, bytes - size);
   };
   std::atomic<uint64_t> total{0};
@@ -72,7 +74,9 @@ int64_t encode_digest(const Tensor& W) {
       __builtin_prefetch(line_of(std::min(f + 64, F - 1)));
       uint64_t words[8] = {0}, hash = (uint64_t)f;
       memcpy(words, line_of(f), (size_t)size);
-      for (int i = 0; i < 8; ++i) hash += (words[i] ^ (hash >> 29)) * (0x9e3779b97f4a7c15u + 2u * i);
+      for (int i = 0; i < 8; ++i) {
+        hash += (words[i] ^ (hash >> 29)) * (0x9e3779b97f4a7c15u + 2u * (unsigned)i);
+      }
       sum += hash;
     }
     total += sum;

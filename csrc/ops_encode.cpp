@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMostFeatures = 256;    // kPanel of panel.h
 constexpr int64_t kPanelRoom = kMostFeatures + 16;  // a list must hold one more panel
 constexpr int64_t kPanelBytes = 512 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
-constexpr int64_t kRanges = 8, kFewRows = 64;  // more rows than those: threads beyond 8 share ranges
+constexpr int64_t kRanges = 8, kFewRows = 64;  // beyond either, threads share ranges by rows
 
 // Seconds of the last encode of this thread: rows, scan, plan, rescore, write, and the full path.
 thread_local double stages[6];
@@ -46,7 +46,8 @@ struct Plan {
     groups = (threads + ranges - 1) / ranges;
     const int64_t width = (a.F + ranges - 1) / ranges + 256;  // of a range, whole panels
     // Exact lists of a top-k shrink to k; those of a threshold may need every feature.
-    wanted = a.threshold ? (screen == Screen::none ? width : candidates) : std::max(candidates, 4 * a.k);
+    wanted = a.threshold ? (screen == Screen::none ? width : candidates)
+                         : std::max(candidates, 4 * a.k);
     capacity = (std::min(width, wanted) + kPanelRoom + 15) / 16 * 16;
     // Lists, what rescoring and writing add to them, and the row itself.
     const int64_t entry = a.threshold ? 36 : 20;
@@ -183,9 +184,9 @@ void encode_fully(const Problem& p, const std::vector<int64_t>& rest, int64_t ca
   stages[5] += std::accumulate(stages, stages + 5, 0.0) - before;
 }
 
-// Encodes tile by tile and calls done(row) when everything before `row` is there. Returns how many rows took the
-// full path, or -1: a value fell outside its bound, so the copy is not of these weights, and the
-// outputs are worth nothing.
+// Encodes tile by tile and calls done(row) when everything before `row` is there. Returns how many
+// rows took the full path, or -1: a value fell outside its bound, so the copy is not of these
+// weights, and the outputs are worth nothing.
 template <class Done>
 int64_t encode(Problem p, Screen screen, int64_t candidates, int64_t workspace, const Done& done) {
   std::fill_n(stages, 6, 0.0);
@@ -252,10 +253,10 @@ Problem problem(const Tensor& x, const Tensor& W, const Tensor& b_enc,
   return p;
 }
 
-std::tuple<Tensor, Tensor, int64_t> encode_topk(const Tensor& x, const Tensor& W, const Tensor& b_enc,
-                                             const std::optional<Tensor>& b_dec, int64_t k,
-                                             bool exact, bool screen, std::vector<Tensor> copy,
-                                             int64_t candidates, int64_t workspace) {
+std::tuple<Tensor, Tensor, int64_t> encode_topk(
+    const Tensor& x, const Tensor& W, const Tensor& b_enc, const std::optional<Tensor>& b_dec,
+    int64_t k, bool exact, bool screen, std::vector<Tensor> copy, int64_t candidates,
+    int64_t workspace) {
   Problem p = problem(x, W, b_enc, b_dec);
   STD_TORCH_CHECK(k >= 1 && k <= p.a.F, "k: got ", k, ", expected 1 to ", p.a.F);
   Tensor values = make({p.a.N, k}, ScalarType::Float), indices = make({p.a.N, k}, ScalarType::Int);

@@ -13,8 +13,8 @@ namespace {
 
 inline size_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
-// The mean of rows x - b_dec, about which screens are taken; false where it is not finite. Rows four
-// times as long as the median row do not count: one of them would spoil the screen of all others.
+// The mean of rows x - b_dec, about which screens are taken; false where it is not finite. Rows
+// four times as long as the median row do not count: one would spoil the screen of all others.
 template <class T>
 bool mean_row(const CentreArgs& c, const T* x, int64_t rows, float* mean, double* norm) {
   std::vector<float> squares((size_t)rows), sorted;

@@ -1,11 +1,13 @@
 // The activations' side of the certified screen, and the bound that makes it one. The weights' side
 // is panel.h.
 //
-// Products are of activations about a centre, d = x - c, and of weights, both rounded (~): to bf16 in
-// AMX tiles, or, for the few rows of a decoding step, to int16 and int8. Then |<d, w> - <d~, w~>| <= |d - d~| |w| + |d~| |w - w~|
-// (Cauchy-Schwarz), and <x, w> = <d, w> + <c, w>, the last by the rescoring dot. Accumulating D
-// products in fp32 adds at most D 2^-24 |d~| |w~| whatever the order; the rescoring dot, 32 chains
-// of D / 32, at most (D / 32 + 8) 2^-24 |x| |w|.
+// Products are of activations about a centre, d = x - c, and of weights, both rounded (~): to bf16
+// in AMX tiles, or, for the few rows of a decoding step, to int16 and int8. Then
+// |<d, w> - <d~, w~>| <= |d - d~| |w| + |d~| |w - w~| (Cauchy-Schwarz), and
+// <x, w> = <d, w> + <c, w>, the last by the rescoring dot. Accumulating D products in fp32 adds at most D 2^-24 |d~| |w~|
+// whatever the order; the rescoring dot, 32 chains of D / 32, at most (D / 32 + 8) 2^-24 |x| |w|.
+// Integer sums over 64 weights are exact (64 * 127 * 32767 < 2^31), so int8 products cost
+// (D / 64 + 8) 2^-24 |d~| |w~|.
 #pragma once
 #include "decode.h"
 
@@ -91,7 +93,8 @@ inline void round_words(const CentreArgs& a, int64_t n, const float* about, doub
   const double slack = 1.0 + (double)(D + 16) * 0x1p-23;
   const double whole = __builtin_sqrt((double)squares * slack + (double)D * 0x1p-125);
   // scale * q is rounded where d is taken: 2^-24 of |d|.
-  const double lost = __builtin_sqrt((double)error * slack + (double)D * 0x1p-125) + 0x1p-23 * whole;
+  const double lost =
+      __builtin_sqrt((double)error * slack + (double)D * 0x1p-125) + 0x1p-23 * whole;
   const double rounded = whole + lost;
   const double screened = 1.04 * (double)(D / kBytes + 8) * 0x1p-24 * rounded;
   const double rescored = (double)(D / 32 + 8) * 0x1p-24 * (whole + 2 * far);
@@ -110,7 +113,8 @@ void centre_rows(const CentreArgs& a, int64_t begin, int64_t end) {
   Memory memory(4 * D);
   float* about = (float*)memory.data;
   // Sums of |d~| |w~|: |w~| <= 1.04 |w|, in bf16 as in int8.
-  const double screened = 1.04 * ((double)D + 8.0) * 0x1p-24, rescored = (double)(D / 32 + 8) * 0x1p-24;
+  const double screened = 1.04 * ((double)D + 8.0) * 0x1p-24;
+  const double rescored = (double)(D / 32 + 8) * 0x1p-24;
   const double flushed = __builtin_sqrt((double)D) * kFlushed;
   for (int64_t n = begin; n < end; ++n) {
     float* row = a.centred + n * a.stride;
