@@ -54,3 +54,12 @@ def same():
 def sae(encode_sample):
     """x, W_enc, b_enc, b_dec, threshold of an SAE whose width is a multiple of nothing."""
     return encode_sample(n=9, d=83, f=2011, kind="massive")
+
+
+@pytest.fixture(autouse=True)
+def screens_are_tested(monkeypatch):
+    """Small batches skip screens, and so does a large k; here few rows and any k are enough."""
+    if extension.problem() is not None:
+        pytest.skip(f"native: {extension.problem()}")
+    monkeypatch.setattr(native, "TILE_ROWS", 4)
+    monkeypatch.setattr(native, "DENSE_SHARE", 1)

@@ -9,21 +9,9 @@ import pytest
 import torch
 
 from fastsae.ops import extension, reference
-from fastsae.ops.backend import supported
-
-pytestmark = pytest.mark.skipif(
-    "native" not in supported("topk"), reason=f"native: {extension.problem()}"
-)
 
 if extension.problem() is None:
     from fastsae.ops import native
-
-
-@pytest.fixture(autouse=True)
-def screens_are_tested(monkeypatch):
-    """Small batches skip the screen; here nine rows are enough for one."""
-    monkeypatch.setattr(native, "TILE_ROWS", 4)
-    monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
 def every_op(sae):

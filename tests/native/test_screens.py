@@ -10,21 +10,9 @@ import fastsae
 from fastsae import FastsaeError, ops
 from fastsae.formats.describe import describe
 from fastsae.ops import extension, screens
-from fastsae.ops.backend import supported
-
-pytestmark = pytest.mark.skipif(
-    "native" not in supported("topk"), reason=f"native: {extension.problem()}"
-)
 
 if extension.problem() is None:
     from fastsae.ops import native
-
-
-@pytest.fixture(autouse=True)
-def screens_are_tested(monkeypatch):
-    """Small batches skip screens; here few rows are enough."""
-    monkeypatch.setattr(native, "TILE_ROWS", 4)
-    monkeypatch.setattr(native, "DENSE_SHARE", 1)
 
 
 @pytest.mark.parametrize("rows", [3, 70])
