@@ -10,6 +10,8 @@
 namespace fastsae {
 namespace {
 
+inline bool is_screened(const EncodeArgs& a) { return a.floats || a.tiles || a.words; }
+
 constexpr int32_t kOverflow = -1;  // Tally::count of a row that is left to the full path
 
 struct List {
@@ -53,7 +55,7 @@ template <class I>
 inline void compact(const EncodeArgs& a, const List& l, const SelectScratch& s) {
   Tally& t = *l.tally;
   for (int32_t i = 0; i < t.count; ++i) s.keys[i] = lower_key(l.h[i], l.error[i]);
-  const bool screened = a.tiles || a.words;
+  const bool screened = is_screened(a);
   if (!screened && t.count > a.k) {
     // Exact values: nothing but the first k members of the list so far can be members of the row.
     const int32_t kth = kth_key<I>(s.keys, t.count, a.k);

@@ -74,7 +74,8 @@ constexpr int64_t kMostRows = kScanRows + 4;
 
 inline int64_t scan_bytes(const EncodeArgs& a) {
   const int64_t rounding = a.tiles && !a.weight_tiles ? (a.panel + 16) * ((a.D + 31) / 32) * 64 : 0;
-  return padded_to(list_bytes(a.capacity), 64) + (kMostRows + 5) * kPanel * 4 + rounding;
+  const int64_t packing = a.floats ? a.panel * a.D * 4 : 0;
+  return padded_to(list_bytes(a.capacity), 64) + (kMostRows + 5) * kPanel * 4 + rounding + packing;
 }
 
 inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
@@ -88,6 +89,7 @@ inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
   p.bias = p.products + kPanel;
   p.threshold = p.bias + kPanel;
   p.tiles = (bf16*)(p.threshold + kPanel);
+  p.packed = p.threshold + kPanel;
   p.rounded = p.tiles + a.panel * ((a.D + 31) / 32) * 32;
   memset(p.norms, 0, 5 * kPanel * 4);
   return s;
@@ -101,6 +103,7 @@ inline void begin_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel
   if constexpr (I::kTiles) {
     if (a.tiles) load_panel<I>(a, first, width, p);
   }
+  if (a.floats) pack_any_panel<I>(a, first, width, p);
   if (a.norms) {
     memcpy(p->norms, a.norms + first, bytes);
     memcpy(p->errors, a.errors + first, bytes);
@@ -123,7 +126,9 @@ inline void panel_products(const EncodeArgs& a, int64_t n, int64_t rows, int64_t
       return;
     }
   }
-  if (a.words) {
+  if (a.floats) {
+    product_panel<I>(a, n, rows, width, p.packed, p.h);
+  } else if (a.words) {
     byte_panel<I>(a, n, rows, first, width, p.h);
   } else {
     exact_any_panel<I>(a, n, rows, first, width, p.h);
@@ -138,12 +143,13 @@ inline void scan_rows(const EncodeArgs& a, int64_t range, int64_t begin, int64_t
   for (int64_t first = range_begin(a, range); first < last; first += a.panel) {
     const int64_t width = min64(a.panel, last - first);
     begin_panel<I>(a, first, width, &s->panel);
-    for (int64_t n = begin; n < end; n += kScanRows) {
-      const int64_t rows = min64(kScanRows, end - n);
+    const int64_t together = a.floats ? kProductRows : kScanRows;
+    for (int64_t n = begin; n < end; n += together) {
+      const int64_t rows = min64(together, end - n);
       panel_products<I>(a, n, rows, first, width, s->panel);
       for (int64_t m = n; m < n + rows; ++m) {
         const float* h = s->panel.h + (m - n) * kPanel;
-        if (a.tiles || a.words) {
+        if (is_screened(a)) {
           offer<I, true>(a, s->panel, m, range, first, width, h, s->select);
         } else {
           offer<I, false>(a, s->panel, m, range, first, width, h, s->select);

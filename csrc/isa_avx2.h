@@ -12,6 +12,7 @@ struct Avx2 {
   };
   static constexpr bool kTiles = false;
   static constexpr int kBlockW = 2, kBlockX = 1;  // dots at once: 8 of the 16 registers
+  static constexpr int kProductX = 6, kProductW = 1;  // rows and vectors of a product: 12 of them
 
   FASTSAE_INLINE Vec set1(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   FASTSAE_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -128,6 +129,15 @@ struct Avx2 {
       sum[r].lo = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(part[0]), sum[r].lo);
       sum[r].hi = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(part[1]), sum[r].hi);
     }
+  }
+  // The lanes of a and b in turn: a0 b0 a1 b1 ...; *low the first sixteen.
+  FASTSAE_INLINE Vec zip_eight(__m256 a, __m256 b) {
+    const __m256 l = _mm256_unpacklo_ps(a, b), h = _mm256_unpackhi_ps(a, b);
+    return {_mm256_permute2f128_ps(l, h, 0x20), _mm256_permute2f128_ps(l, h, 0x31)};
+  }
+  FASTSAE_INLINE void zip(Vec a, Vec b, Vec* low, Vec* high) {
+    *low = zip_eight(a.lo, b.lo);
+    *high = zip_eight(a.hi, b.hi);
   }
   FASTSAE_INLINE float sum(Vec v) {
     const __m256 eight = _mm256_add_ps(v.lo, v.hi);

@@ -10,6 +10,7 @@ struct Avx512 {
   using Vec = __m512;
   static constexpr bool kTiles = false;
   static constexpr int kBlockW = 4, kBlockX = 3;  // dots at once: 24 of the 32 registers
+  static constexpr int kProductX = 12, kProductW = 2;  // rows and vectors of a product, as many
 
   FASTSAE_INLINE __mmask16 first(int n) { return (__mmask16)((1u << n) - 1); }
   FASTSAE_INLINE Vec set1(float value) { return _mm512_set1_ps(value); }
@@ -86,6 +87,13 @@ struct Avx512 {
       const __m512i b = _mm512_madd_epi16(high, _mm512_loadu_si512(x + r * stride + 32));
       sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), sum[r]);
     }
+  }
+  // The lanes of a and b in turn: a0 b0 a1 b1 ...; *low the first sixteen.
+  FASTSAE_INLINE void zip(Vec a, Vec b, Vec* low, Vec* high) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    *low = _mm512_permutex2var_ps(a, first, b);
+    *high = _mm512_permutex2var_ps(a, second, b);
   }
   FASTSAE_INLINE float sum(Vec v) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

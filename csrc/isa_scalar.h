@@ -10,6 +10,7 @@ struct Scalar {
   };
   static constexpr bool kTiles = false;
   static constexpr int kBlockW = 1, kBlockX = 1;
+  static constexpr int kProductX = 2, kProductW = 1;
 #define FASTSAE_LANES for (int l = 0; l < 16; ++l)
 
   FASTSAE_INLINE Vec set1(float value) {
@@ -126,6 +127,11 @@ struct Scalar {
         sum[r].lane[l] += scale * (float)part;
       }
     }
+  }
+  // The lanes of a and b in turn: a0 b0 a1 b1 ...; *low the first sixteen.
+  FASTSAE_INLINE void zip(Vec a, Vec b, Vec* low, Vec* high) {
+    FASTSAE_LANES low->lane[l] = l % 2 ? b.lane[l / 2] : a.lane[l / 2];
+    FASTSAE_LANES high->lane[l] = l % 2 ? b.lane[8 + l / 2] : a.lane[8 + l / 2];
   }
   // Fixed tree: 8, 4, 2, 1 apart. The same in every instruction set.
   FASTSAE_INLINE float sum(Vec v) {

@@ -94,6 +94,7 @@ struct CentreArgs {
   bf16* tiles;     // centred - centre in bf16, tiles of 16 rows x 32 columns, or null
   int16_t* words;  // centred - centre in int16 with word_scale [N], rows padded to 64, or null
   float* word_scale;
+  bool floats;     // the screen multiplies `centred` itself, see product.h
   float* bounds;   // [N, 2]: factors of |w| and |w - w~| in the screen's error, see screen.h
   DType x_type;
   int64_t D;
@@ -124,7 +125,8 @@ struct EncodeArgs {
   int64_t N, F, D, k;
   const float* centred;  // [N, D], rows `stride` apart
   int64_t stride;
-  // Of the screen; without tiles and words, values are exact throughout.
+  // Of the screen; without floats, tiles and words, values are exact throughout.
+  bool floats;           // panels are packed as they come; 12 more rows of `centred` exist
   const bf16* tiles;     // of CentreArgs, whole blocks of 32 rows
   const int16_t* words;  // of CentreArgs, with room for three more rows
   const float* word_scale;

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kMostFeatures = 256;    // kPanel of panel.h
 constexpr int64_t kPanelRoom = kMostFeatures + 16;  // a list must hold one more panel
 constexpr int64_t kPanelBytes = 512 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
+constexpr int64_t kMoreRows = 12;           // that product.h may read: a block, at most
 constexpr int64_t kRanges = 8, kFewRows = 64;  // beyond either, threads share ranges by rows
 
 // Seconds of the last encode of this thread: rows, scan, plan, rescore, write, and the full path.
@@ -25,7 +26,7 @@ struct Stage {
   }
 };
 
-enum class Screen : int64_t { none = 0, tiles = 1, bytes = 2 };
+enum class Screen { none, floats, tiles, bytes };
 
 struct Problem {
   const void* x;  // [N, D] of x_type
@@ -80,13 +81,14 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   const int64_t D = a.D, padded = (rows + 31) / 32 * 32, steps = (D + 31) / 32;
   const int64_t lists = rows * plan.ranges;
   Workspace w((size_t)(lists * (plan.capacity * 16 + (int64_t)sizeof(Tally)) +
-                       padded * (4 * D + steps * 64 + 288) + 8 * D + 8192));
+                       (padded + kMoreRows) * (4 * D + steps * 64 + 288) + 8 * D + 8192));
   a.N = rows;
   a.ranges = plan.ranges;
   a.groups = std::min(plan.groups, (rows + 31) / 32);
   a.capacity = plan.capacity;
   const int64_t share = (16 << 20) / torch::stable::get_num_threads();
-  a.panel = std::clamp<int64_t>(std::min(kPanelBytes, share) / (steps * 64) / 32 * 32, 32,
+  const int64_t feature = screen == Screen::floats ? 4 * D : steps * 64;
+  a.panel = std::clamp<int64_t>(std::min(kPanelBytes, share) / feature / 32 * 32, 32,
                                 kMostFeatures);
   a.left = left;
   a.rows = outputs;
@@ -107,11 +109,13 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
     c.b_dec = p.b_dec;
     // Not a power of two, or many rows would meet in one set of the cache.
     c.stride = (D + 15) / 16 * 16 + 16;
-    c.centred = w.take<float>((size_t)(rows * c.stride));
+    c.centred = w.take<float>((size_t)((rows + kMoreRows) * c.stride));
+    std::fill_n(c.centred + rows * c.stride, kMoreRows * c.stride, 0.0f);
     c.D = D;
     if (screen != Screen::none) {
       c.bounds = w.take<float>((size_t)(2 * rows));
-      set_centre(&c, a.centre, rows, w.take<float>((size_t)D));
+      c.floats = screen == Screen::floats;
+      if (!c.floats) set_centre(&c, a.centre, rows, w.take<float>((size_t)D));
     }
     if (screen == Screen::tiles) {
       c.tiles = w.take<bf16>((size_t)(padded * steps * 32));
@@ -132,6 +136,7 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   }
   a.centred = c.centred;
   a.stride = c.stride;
+  a.floats = c.floats;
   a.tiles = c.tiles;
   a.words = c.words;
   a.word_scale = c.word_scale;
@@ -217,7 +222,9 @@ int64_t encode(Problem p, Screen screen, int64_t candidates, int64_t workspace, 
 // What _encode_copy returned, and the centre it was made with; or nothing.
 Screen use_copy(Problem* p, bool screen, const std::vector<Tensor>& copy) {
   EncodeArgs& a = p->a;
-  if (copy.empty()) return screen && kernels().tiles ? Screen::tiles : Screen::none;
+  if (copy.empty()) {
+    return !screen ? Screen::none : kernels().tiles ? Screen::tiles : Screen::floats;
+  }
   STD_TORCH_CHECK(copy.size() == 4, "copy: expected data, scales, norms and centre");
   const int64_t features = copy[2].size(1);
   a.norms = floats(copy[2], "norms", 2, features);

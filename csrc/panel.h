@@ -1,12 +1,10 @@
 // The weights' side of the screen: panels of features rounded as they come, or read from a copy of
 // the weights that was made for the purpose.
 #pragma once
-#include "screen.h"
+#include "product.h"
 
 namespace fastsae {
 namespace {
-
-constexpr int64_t kPanel = 256;  // features per panel, at most
 
 // What the scan of one panel reads beside the products.
 struct Panel {
@@ -14,6 +12,7 @@ struct Panel {
   float *norms, *errors, *products;      // [kPanel]: |w|, |w - w~|, <centre, w>
   float *bias, *threshold;               // [kPanel]: b_enc + <centre, w>, θ
   bf16* rounded;                         // [16][32 * steps] rows on their way into tiles
+  float* packed;                         // of product.h, where there are no tiles
   float* h;                              // [kScanRows + a block of dots][kPanel] products
 };
 
@@ -65,6 +64,17 @@ inline void load_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel*
   for (int64_t g = 0; g < padded_to(width, 32); g += 16) {
     round_rows_any<I>(a.W, a.weight_type, a.D, first + g, first + width, a.centre, p->rounded,
                       p->tiles + g * steps * 32, p->norms + g, p->errors + g, p->products + g);
+  }
+}
+
+template <class I>
+inline void pack_any_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel* p) {
+  if (a.weight_type == DType::f32) {
+    pack_panel<I>((const float*)a.W, a.D, first, width, p->packed, p->norms);
+  } else if (a.weight_type == DType::bf16) {
+    pack_panel<I>((const bf16*)a.W, a.D, first, width, p->packed, p->norms);
+  } else {
+    pack_panel<I>((const f16*)a.W, a.D, first, width, p->packed, p->norms);
   }
 }
 

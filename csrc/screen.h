@@ -7,7 +7,8 @@
 // <x, w> = <d, w> + <c, w>, the last by the rescoring dot. Accumulating D products in fp32 adds at most D 2^-24 |d~| |w~|
 // whatever the order; the rescoring dot, 32 chains of D / 32, at most (D / 32 + 8) 2^-24 |x| |w|.
 // Integer sums over 64 weights are exact (64 * 127 * 32767 < 2^31), so int8 products cost
-// (D / 64 + 8) 2^-24 |d~| |w~|.
+// (D / 64 + 8) 2^-24 |d~| |w~|. Without tiles, many rows are screened by fp32 products: nothing is
+// rounded before them, and there is no centre (product.h).
 #pragma once
 #include "decode.h"
 
@@ -51,7 +52,9 @@ inline RowNorms round_row(const T* v, int64_t n, bf16* out, int64_t stride) {
   return {norm_above(I::sum(whole), n), norm_above(I::sum(error), n)};
 }
 
-constexpr int64_t kBytes = 64;  // weights that share a scale
+constexpr int64_t kBytes = 64;   // weights that share a scale
+constexpr int64_t kDepth = 128;  // fp32 products that are summed in one chain
+constexpr int64_t kPanel = 256;  // features per panel, at most
 
 inline float largest(const float* v, int64_t n) {
   float top = 0;
@@ -105,6 +108,22 @@ inline void round_words(const CentreArgs& a, int64_t n, const float* about, doub
   if (!(whole < (double)kHuge)) a.bounds[2 * n] = __builtin_inff();  // NaN too
 }
 
+// The factor of |w| in the error of fp32 products; they round nothing else.
+template <class I>
+inline void bound_floats(const CentreArgs& a, int64_t n, const float* row) {
+  typename I::Vec squares = I::set1(0);
+  for (int64_t j = 0; j < a.D; j += 16) {
+    const int rest = (int)min64(16, a.D - j);
+    const typename I::Vec v = rest == 16 ? I::load(row + j) : I::load_n(row + j, rest, 0);
+    squares = I::fma(v, v, squares);
+  }
+  const double whole = norm_above(I::sum(squares), a.D);
+  const double screened = (double)(kDepth + a.D / kDepth + 2) * 0x1p-24;
+  const double rescored = (double)(a.D / 32 + 8) * 0x1p-24;
+  a.bounds[2 * n] = (float)(1.0001 * (screened + rescored) * whole);
+  a.bounds[2 * n + 1] = 0;
+}
+
 // Rows [begin, end) of x in fp32, b_dec subtracted; for a screen, also in tiles about the centre,
 // with the factors of |w| and |w - w~| in its error.
 template <class I>
@@ -121,6 +140,10 @@ void centre_rows(const CentreArgs& a, int64_t begin, int64_t end) {
     read_row(a.x, a.x_type, n * D, D, row);
     if (a.b_dec) {
       for (int64_t j = 0; j < D; ++j) row[j] -= a.b_dec[j];
+    }
+    if (a.floats) {
+      bound_floats<I>(a, n, row);
+      continue;
     }
     if (!a.tiles && !a.words) continue;
     const float* source = row;

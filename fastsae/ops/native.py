@@ -13,8 +13,8 @@ from torch import Tensor
 from fastsae.ops import extension, screens
 from fastsae.ops.reference import full_precision
 
-TILE_ROWS = 8  # more rows are screened in AMX tiles where there are any
-BYTE_ROWS = 16  # up to here an int8 copy of W is read where there are no tiles
+TILE_ROWS = 8  # more rows are screened in AMX tiles where there are any,
+BYTE_ROWS = 16  # and more than these by fp32 products elsewhere; fewer by an int8 copy of W
 DENSE_SHARE = 5  # from k = F / 5 on all fp32 dots, side by side, cost less than those of a screen
 CANDIDATES = 512  # entries of a candidate list, at least; rows with more compute every dot
 WORKSPACE = 44 << 20  # bytes that encoding may use for a tile of rows
@@ -77,7 +77,8 @@ def encode_topk(x, W_enc, b_enc, k, b_dec=None, precision="exact") -> tuple[Tens
         return _leaf._encode_topk(x, W_enc, b_enc.float(), shift, k, exact, *screen)
 
     if not exact:
-        return run(True, [], CANDIDATES, WORKSPACE)[:2]
+        many = isa() == "amx" or x.shape[0] > BYTE_ROWS
+        return run(many, [], CANDIDATES, WORKSPACE)[:2]
     if k * DENSE_SHARE >= W_enc.shape[0]:
         return run(False, [], CANDIDATES, WORKSPACE)[:2]
     return _screened(run, x, W_enc, shift)
@@ -99,7 +100,7 @@ def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, 
     other weights, and the call is repeated without it.
     """
     n, tiles = x.shape[0], isa() == "amx"
-    many, found = n > TILE_ROWS, None
+    many, found = n > (TILE_ROWS if tiles else BYTE_ROWS), None
     if tiles and many:
         found = screens.find(W, "bf16") if W.dtype == torch.float32 else None
     elif 0 < n <= BYTE_ROWS:

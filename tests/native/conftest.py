@@ -62,4 +62,5 @@ def screens_are_tested(monkeypatch):
     if extension.problem() is not None:
         pytest.skip(f"native: {extension.problem()}")
     monkeypatch.setattr(native, "TILE_ROWS", 4)
+    monkeypatch.setattr(native, "BYTE_ROWS", 5)
     monkeypatch.setattr(native, "DENSE_SHARE", 1)

@@ -24,13 +24,15 @@ def test_more_candidates_than_a_list_holds(isa, rows, monkeypatch, same):
     bias = torch.full((6000,), 30.0)
     values, indices = native.encode_topk(x, W, bias, 7)
     monkeypatch.setattr(native, "TILE_ROWS", 99)
+    monkeypatch.setattr(native, "BYTE_ROWS", 99)
     same(native.encode_topk(x, W, bias, 7), (values, indices))
     offsets = native.encode_threshold(x, W, bias, torch.zeros(6000))[2]
     assert offsets.diff().tolist() == [6000] * rows
-    if isa == "amx":
-        monkeypatch.setattr(native, "TILE_ROWS", 0)
-        native.encode_topk(x, W, bias, 7)
-        assert native.encode_stages()["full"] > 0, "the test meant to overflow"
+    monkeypatch.setattr(native, "TILE_ROWS", 0)
+    monkeypatch.setattr(native, "BYTE_ROWS", 0)
+    W, near = W * 1e-4, torch.full((6000,), 1.0)  # nor can fp32 products beside 1e4
+    native.encode_topk(x, W, near, 7)
+    assert native.encode_stages()["full"] > 0, "the test meant to overflow"
 
 
 # --- the certificate ----------------------------------------------------------------------------
@@ -54,6 +56,22 @@ def test_the_screen_stays_within_its_bound(encode_sample, kind, instruction_sets
     ratio = error / (bound.gather(1, column)[active] + 1e-5)
     assert float(ratio.max()) <= 1
     assert float(ratio.max()) > 0.02 or "amx" not in instruction_sets
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, d, f", [(30, 640, 4500), (17, 83, 2011), (64, 129, 300)])
+def test_fp32_products_stay_within_their_bound(isa, n, d, f, weights):
+    """What screens many rows without AMX: (128 + D / 128 + 2) 2^-24 |x| |w|, csrc/product.h."""
+    if isa == "amx":
+        native.set_isa("avx512")
+    x, W = torch.randn(n, d) * 10, torch.randn(f, d).to(weights)
+    W[7] *= 1e-3
+    values, indices = native.encode_topk(x, W, torch.zeros(f), 40, precision="fast")
+    column, wide = indices.long(), W.double()
+    h = (x.double() @ wide.T).gather(1, column)
+    norms = x.double().norm(dim=1, keepdim=True) * wide.norm(dim=1)[column]
+    error = ((values - h).abs() / norms).max()
+    assert 1e-9 < float(error) <= (128 + d / 128 + 2) * 2.0**-24
 
 
 @pytest.fixture
