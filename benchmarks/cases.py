@@ -27,10 +27,10 @@ from problems import (
     randn,
     steer_table,
 )
-from targets import PYTHON_SORT
+from targets import NO_TILES, PYTHON_SORT
 
 from fastsae import ops
-from fastsae.ops import reference
+from fastsae.ops import extension, reference
 from fastsae.ops.backend import supported
 
 GRAPHS = ("triton", "native", "torch")
@@ -43,6 +43,25 @@ def served(op: str, device: str, dtype, call: Callable) -> dict[str, Callable]:
     names = supported(op, device, dtype)
     names = [name for name in names if name != "reference"] or names
     return {name: functools.partial(call, name) for name in names}
+
+
+def without_tiles(e: Encoder, dtype, call: Callable) -> dict[str, Callable]:
+    """The same call as a processor with AVX-512 and without AMX serves it."""
+    if extension.problem() or not e.x.is_cpu or e.x.shape[0] <= 64 or dtype != F32:
+        return {}
+    from fastsae.ops import native
+
+    if native.isa() != "amx":
+        return {}
+
+    def run(i):
+        native.set_isa("avx512")
+        try:
+            return call("native", i)
+        finally:
+            native.set_isa("auto")
+
+    return {NO_TILES: run}
 
 
 def topk_case(device: str, N: int, F: int, k: int, dtype, state: str = "cold") -> Case:
@@ -95,6 +114,7 @@ def encode_topk_case(
         return ops.encode_topk(e.x, e.W, e.b, k, backend=name)
 
     providers = served("encode_topk", device, dtype, call) | {"torch": by_torch}
+    providers |= without_tiles(e, dtype, call)
     graphs = GRAPHS if N <= 64 else ()
     work = (e.traffic if N <= 64 else 0, e.flops, state, graphs, e.floors, e.base)
     return Case("encode_topk", e.shape, name_of(dtype), providers, check, *work)
@@ -128,6 +148,7 @@ def encode_threshold_case(device: str, N: int, D: int, F: int, active: int, dtyp
         return ops.encode_threshold(e.x, e.W, e.b, threshold, backend=name)
 
     providers = served("encode_threshold", device, dtype, call) | {"torch": by_torch}
+    providers |= without_tiles(e, dtype, call)
     work = (e.traffic if N <= 64 else 0, e.flops, "warm", (), e.floors, e.base)
     return Case("encode_threshold", e.shape, name_of(dtype), providers, check, *work)
 

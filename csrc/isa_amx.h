@@ -19,14 +19,18 @@ struct Amx : Avx512 {
   template <int R>
   FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
                                 Vec* sum) {
-    const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-    const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32)));
+    __m512i wide[4];
+    for (int j = 0; j < 4; ++j) {
+      wide[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32 * j)));
+    }
     const Vec factor = _mm512_set1_ps(scale);
     for (int r = 0; r < R; ++r) {
-      const __m512i zero = _mm512_setzero_si512();
-      const __m512i a = _mm512_dpwssd_epi32(zero, low, _mm512_loadu_si512(x + r * stride));
-      const __m512i b = _mm512_dpwssd_epi32(a, high, _mm512_loadu_si512(x + r * stride + 32));
-      sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(b), sum[r]);
+      __m512i part = _mm512_setzero_si512();
+      for (int j = 0; j < 4; ++j) {
+        const __m512i v = _mm512_loadu_si512(x + r * stride + 32 * j);
+        part = _mm512_dpwssd_epi32(part, wide[j], v);
+      }
+      sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(part), sum[r]);
     }
   }
 

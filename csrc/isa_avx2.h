@@ -114,14 +114,14 @@ struct Avx2 {
     store(lane, v);
     for (; mask; mask &= mask - 1) *out++ = lane[__builtin_ctz(mask)];
   }
-  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  // sum[r] += scale Σ w[j] x[r][j] over 128 columns, 16 partial sums; rows of x are `stride` apart.
   template <int R>
   FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
                                 Vec* sum) {
     const __m256 factor = _mm256_set1_ps(scale);
     for (int r = 0; r < R; ++r) {
       __m256i part[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 8; ++j) {
         const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(w + 16 * j)));
         const __m256i v = _mm256_loadu_si256((const __m256i*)(x + r * stride + 16 * j));
         part[j % 2] = _mm256_add_epi32(part[j % 2], _mm256_madd_epi16(wide, v));

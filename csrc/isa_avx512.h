@@ -75,17 +75,23 @@ struct Avx512 {
   FASTSAE_INLINE void compress(float* out, uint32_t mask, Vec v) {
     store(out, _mm512_maskz_compress_ps((__mmask16)mask, v));
   }
-  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  // sum[r] += scale Σ w[j] x[r][j] over 128 columns, 16 partial sums; rows of x are `stride` apart.
   template <int R>
   FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
                                 Vec* sum) {
-    const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w));
-    const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32)));
+    __m512i wide[4];
+    for (int j = 0; j < 4; ++j) {
+      wide[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(w + 32 * j)));
+    }
     const Vec factor = _mm512_set1_ps(scale);
     for (int r = 0; r < R; ++r) {
-      const __m512i a = _mm512_madd_epi16(low, _mm512_loadu_si512(x + r * stride));
-      const __m512i b = _mm512_madd_epi16(high, _mm512_loadu_si512(x + r * stride + 32));
-      sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), sum[r]);
+      __m512i part[4];
+      for (int j = 0; j < 4; ++j) {
+        part[j] = _mm512_madd_epi16(wide[j], _mm512_loadu_si512(x + r * stride + 32 * j));
+      }
+      const __m512i low = _mm512_add_epi32(part[0], part[1]);
+      const __m512i high = _mm512_add_epi32(part[2], part[3]);
+      sum[r] = _mm512_fmadd_ps(factor, _mm512_cvtepi32_ps(_mm512_add_epi32(low, high)), sum[r]);
     }
   }
   // The lanes of a and b in turn: a0 b0 a1 b1 ...; *low the first sixteen.

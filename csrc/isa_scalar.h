@@ -116,14 +116,14 @@ struct Scalar {
   FASTSAE_INLINE void compress(float* out, uint32_t mask, Vec v) {
     for (; mask; mask &= mask - 1) *out++ = v.lane[__builtin_ctz(mask)];
   }
-  // sum[r] += scale Σ w[j] x[r][j] over 64 columns, 16 partial sums; rows of x are `stride` apart.
+  // sum[r] += scale Σ w[j] x[r][j] over 128 columns, 16 partial sums; rows of x are `stride` apart.
   template <int R>
   FASTSAE_INLINE void add_bytes(const int8_t* w, float scale, const int16_t* x, int64_t stride,
                                 Vec* sum) {
     for (int r = 0; r < R; ++r) {
       FASTSAE_LANES {
         int32_t part = 0;
-        for (int j = l; j < 64; j += 16) part += (int32_t)w[j] * x[r * stride + j];
+        for (int j = l; j < 128; j += 16) part += (int32_t)w[j] * x[r * stride + j];
         sum[r].lane[l] += scale * (float)part;
       }
     }

@@ -92,7 +92,7 @@ struct CentreArgs {
   float* centred;  // [N, D]: x - b_dec, rows `stride` apart
   int64_t stride;
   bf16* tiles;     // centred - centre in bf16, tiles of 16 rows x 32 columns, or null
-  int16_t* words;  // centred - centre in int16 with word_scale [N], rows padded to 64, or null
+  int16_t* words;  // centred - centre in int16 with word_scale [N], rows padded to 128, or null
   float* word_scale;
   bool floats;     // the screen multiplies `centred` itself, see product.h
   float* bounds;   // [N, 2]: factors of |w| and |w - w~| in the screen's error, see screen.h
@@ -100,15 +100,15 @@ struct CentreArgs {
   int64_t D;
 };
 
-// A copy of the weights that screens read: tiles of bf16, or bytes with a scale per 64.
+// A copy of the weights that screens read: tiles of bf16, or bytes with a scale per 128.
 struct CopyArgs {
   const void* W;  // [F, D] of weight_type
   DType weight_type;
   const float* centre;  // [D]
   int64_t F, D;
   bf16* tiles;    // [F / 16 up][D / 32 up][16 pairs][16 columns][2], or null
-  int8_t* bytes;  // [F, D up to 64], or null
-  float* scales;  // [F, D up to 64 / 64]
+  int8_t* bytes;  // [F, D up to 128], or null
+  float* scales;  // [F, D up to 128 / 128]
   float *norms, *errors, *products;  // [F]: |w|, |w - w~| (rounded up), <centre, w>
 };
 

@@ -34,10 +34,10 @@ std::tuple<Tensor, Tensor, Tensor> encode_copy(const Tensor& W, const Tensor& ce
   c.D = W.size(1);
   c.centre = floats(centre, "centre", 1, c.D);
   STD_TORCH_CHECK(bytes || kernels().tiles, "bytes: this processor has no tiles");
-  const int64_t F = (c.F + 255) / 256 * 256, wide = (c.D + 63) / 64 * 64;
+  const int64_t F = (c.F + 255) / 256 * 256, wide = (c.D + 127) / 128 * 128;
   Tensor data = bytes ? make({F, wide}, ScalarType::Char)
                       : make({F, (c.D + 31) / 32 * 32}, ScalarType::BFloat16);
-  Tensor scales = make({bytes ? F : 0, wide / 64}, ScalarType::Float);
+  Tensor scales = make({bytes ? F : 0, wide / 128}, ScalarType::Float);
   Tensor norms = make({3, F}, ScalarType::Float);
   c.norms = (float*)norms.mutable_data_ptr();
   std::fill_n(c.norms, 3 * F, 0.0f);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_copy(const Tensor& W, const Tensor& ce
     c.bytes = (int8_t*)data.mutable_data_ptr();
     c.scales = (float*)scales.mutable_data_ptr();
     std::fill_n(c.bytes + c.F * wide, (F - c.F) * wide, 0);
-    std::fill_n(c.scales + c.F * (wide / 64), (F - c.F) * (wide / 64), 0.0f);
+    std::fill_n(c.scales + c.F * (wide / 128), (F - c.F) * (wide / 128), 0.0f);
   } else {
     c.tiles = (bf16*)data.mutable_data_ptr();
   }

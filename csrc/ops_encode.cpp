@@ -122,7 +122,7 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
       std::fill_n((uint16_t*)c.tiles + (padded - 32) * steps * 32, 32 * steps * 32, 0);
     }
     if (screen == Screen::bytes) {
-      const int64_t width = (D + 63) / 64 * 64;
+      const int64_t width = (D + 127) / 128 * 128;
       c.words = w.take<int16_t>((size_t)((rows + 3) * width));
       std::fill_n(c.words + rows * width, 3 * width, 0);
       c.word_scale = w.take<float>((size_t)rows);

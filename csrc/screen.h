@@ -6,8 +6,8 @@
 // |<d, w> - <d~, w~>| <= |d - d~| |w| + |d~| |w - w~| (Cauchy-Schwarz), and
 // <x, w> = <d, w> + <c, w>, the last by the rescoring dot. Accumulating D products in fp32 adds at most D 2^-24 |d~| |w~|
 // whatever the order; the rescoring dot, 32 chains of D / 32, at most (D / 32 + 8) 2^-24 |x| |w|.
-// Integer sums over 64 weights are exact (64 * 127 * 32767 < 2^31), so int8 products cost
-// (D / 64 + 8) 2^-24 |d~| |w~|. Without tiles, many rows are screened by fp32 products: nothing is
+// Integer sums over 128 weights are exact (128 * 127 * 32767 < 2^31), so int8 products cost
+// (D / 128 + 8) 2^-24 |d~| |w~|. Without tiles, many rows are screened by fp32 products: nothing is
 // rounded before them, and there is no centre (product.h).
 #pragma once
 #include "decode.h"
@@ -52,7 +52,7 @@ inline RowNorms round_row(const T* v, int64_t n, bf16* out, int64_t stride) {
   return {norm_above(I::sum(whole), n), norm_above(I::sum(error), n)};
 }
 
-constexpr int64_t kBytes = 64;   // weights that share a scale
+constexpr int64_t kBytes = 128;  // weights that share a scale
 constexpr int64_t kDepth = 128;  // fp32 products that are summed in one chain
 constexpr int64_t kPanel = 256;  // features per panel, at most
 

@@ -102,7 +102,7 @@ def size(W: Tensor, kind: str) -> int:
     rows = -(-W.shape[0] // 256) * 256
     if kind == "bf16":
         return rows * (-(-W.shape[1] // 32) * 64 + 12)
-    return rows * (-(-W.shape[1] // 64) * 68 + 12)
+    return rows * (-(-W.shape[1] // 128) * 132 + 12)
 
 
 def total_bytes() -> int:
