@@ -1,0 +1,7 @@
+"""python -m fastsae.cli."""
+
+import sys
+
+from fastsae.cli import main
+
+sys.exit(main())
