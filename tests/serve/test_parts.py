@@ -165,7 +165,7 @@ def test_names_versions_and_files(tmp_path):
     with pytest.raises(FastsaeError, match="delete by full id"):
         store.delete("a")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(FastsaeError, match="bad.json"):
+    with pytest.raises(FastsaeError, match=r"bad\.json"):
         store.load(tmp_path, 12)
     empty = tmp_path / "empty"
     empty.mkdir()
