@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 def needs_membership(sae: SAE, operation: Operation) -> bool:
     """Whether a feature's activation depends on all the others: it must be among the k largest."""
     own = isinstance(operation, Amplify) and operation.active == "sae"
-    return own and sae.config.activation == "topk"
+    return own and sae.config.activation in ("topk", "groupmax")
 
 
 def lower(sae: SAE, policy: Policy, *, membership: bool = False) -> Lowered:

@@ -13,7 +13,7 @@ D, F, K = 6, 10, 3
 @pytest.fixture(scope="session")
 def make():
     def make(activation="topk", dtype="float32", d_sae=F, **fields) -> SAE:
-        k = K if activation in ("topk", "batchtopk") else None
+        k = K if activation in ("topk", "batchtopk", "groupmax") else None
         sae = SAE(SAEConfig(D, d_sae, activation, k, dtype=dtype, **fields))
         with torch.no_grad():
             for name, parameter in sae.named_parameters():
