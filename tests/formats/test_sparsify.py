@@ -1,4 +1,4 @@
-"""sparsify: topk, groupmax, transcode, skip; read from hook-point and seed folders, written back."""
+"""sparsify: topk, groupmax, transcode, skip; hook-point and seed folders; writing it back."""
 
 import json
 
