@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    for add in (_demo, _train, _explain, _search, _generate, _inspect, _env):
+    for add in (_demo, _train, _explain, _search, _generate, _inspect, _convert, _env):
         add(commands)
     return parser
 
@@ -346,10 +346,12 @@ def _policy(args):
     return Policy([ablate(args.ablate)])
 
 
-# --- inspect, env --------------------------------------------------------------------------------
+# --- inspect, convert, env -----------------------------------------------------------------------
 
 
 def _inspect(commands) -> None:
+    from fastsae.formats.commands import add_checkpoint
+
     parser = _command(
         commands,
         "inspect",
@@ -358,16 +360,31 @@ def _inspect(commands) -> None:
         "fastsae inspect my-sae",
         json_help="print it as JSON",
     )
-    parser.add_argument("sae", help="SAE folder or hub repository")
-    parser.add_argument("--sae-id", help="folder inside the repository")
-    parser.add_argument("--revision", help="of a hub repository")
+    add_checkpoint(parser, "sae")
 
 
 def _run_inspect(args) -> None:
+    from fastsae.formats.commands import options
     from fastsae.formats.describe import as_text, describe
 
-    found = describe(args.sae, args.sae_id, revision=args.revision)
+    found = describe(args.sae, args.sae_id, **options(args))
     _print_json(found) if args.json else print(as_text(found))
+
+
+def _convert(commands) -> None:
+    from fastsae.formats.commands import add_checkpoint, run_convert
+
+    parser = _command(
+        commands,
+        "convert",
+        run_convert,
+        "write an SAE of any known family as a SAELens or sparsify checkpoint",
+        "fastsae convert gemma-scope-2b-pt-res my-sae --sae-id layer_20/width_16k/average_l0_71",
+    )
+    add_checkpoint(parser, "source")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--format", default="saelens", choices=("saelens", "sparsify"))
+    parser.add_argument("--dtype", default="float32", help="of the written weights")
 
 
 def _env(commands) -> None:

@@ -53,15 +53,15 @@ def matrix(
     """[rows, columns], whichever way round the file has it.
 
     stored: "rows" when the family keeps [rows, columns], "columns" when it keeps the transpose;
-    that decides when rows = columns. strict: the family's own library loads no other layout, so
-    another one is an error.
+    that decides when rows = columns. Fewer features than dimensions in the other layout are biases
+    that changed places, so an error. strict: the family's own library loads no other layout.
     """
     found, right, turned = tensor(c, name), [rows, columns], [columns, rows]
     expected = right if stored == "rows" else turned
     shape = list(found.shape)
     if shape == expected:
         return found if stored == "rows" else found.T
-    if shape in (right, turned) and not strict:
+    if shape in (right, turned) and rows >= columns and not strict:
         return found if shape == right else found.T
     raise FastsaeError(f"{c.source}: {name} has shape {shape}, expected {expected}")
 

@@ -1,0 +1,55 @@
+"""What the commands `fastsae inspect` and `fastsae convert` share: which checkpoint, read how."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fastsae.errors import FastsaeError
+from fastsae.sae import SAE
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, name: str) -> None:
+    """The arguments that name a checkpoint; `options` reads them."""
+    parser.add_argument(name, help="SAE folder, file or hub repository, of any known family")
+    parser.add_argument("--sae-id", help="folder or file inside it")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub repository")
+    parser.add_argument("--from-format", metavar="FAMILY", help="its family (default: by content)")
+    parser.add_argument(
+        "--compat", default="authors", choices=("authors", "saelens"), help="whose reading it is"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="an entry that its config lacks, such as k=50; may be repeated",
+    )
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of SAE.from_pretrained."""
+    overrides: dict[str, Any] = {}
+    for entry in args.set:
+        name, equals, value = entry.partition("=")
+        if not (name and equals):
+            raise FastsaeError(f"set: got {entry!r}, expected NAME=JSON, such as k=50")
+        try:
+            overrides[name] = json.loads(value)
+        except ValueError:
+            overrides[name] = value  # text needs no quotes
+    return {
+        "format": args.from_format,
+        "revision": args.revision,
+        "compat": args.compat,
+        "overrides": overrides,
+    }
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise FastsaeError(f"output: {output} is not empty; name a new folder")
+    sae = SAE.from_pretrained(args.source, args.sae_id, dtype=args.dtype, **options(args))
+    sae.save_pretrained(output, format=args.format)
+    print(f"{output}: {sae.extra_repr()}, as {args.format}")
