@@ -350,12 +350,12 @@ def _policy(args):
 
 
 def _inspect(commands) -> None:
-    from fastsae.formats.commands import add_checkpoint
+    from fastsae.formats.commands import add_checkpoint, run_inspect
 
     parser = _command(
         commands,
         "inspect",
-        _run_inspect,
+        run_inspect,
         "show what an SAE checkpoint is",
         "fastsae inspect my-sae",
         json_help="print it as JSON",
@@ -363,16 +363,8 @@ def _inspect(commands) -> None:
     add_checkpoint(parser, "sae")
 
 
-def _run_inspect(args) -> None:
-    from fastsae.formats.commands import options
-    from fastsae.formats.describe import as_text, describe
-
-    found = describe(args.sae, args.sae_id, **options(args))
-    _print_json(found) if args.json else print(as_text(found))
-
-
 def _convert(commands) -> None:
-    from fastsae.formats.commands import add_checkpoint, run_convert
+    from fastsae.formats.commands import add_checkpoint, add_output, run_convert
 
     parser = _command(
         commands,
@@ -382,9 +374,7 @@ def _convert(commands) -> None:
         "fastsae convert gemma-scope-2b-pt-res my-sae --sae-id layer_20/width_16k/average_l0_71",
     )
     add_checkpoint(parser, "source")
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--format", default="saelens", choices=("saelens", "sparsify"))
-    parser.add_argument("--dtype", default="float32", help="of the written weights")
+    add_output(parser)
 
 
 def _env(commands) -> None:

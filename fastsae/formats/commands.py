@@ -27,6 +27,12 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--format", default="saelens", choices=("saelens", "sparsify"))
+    parser.add_argument("--dtype", default="float32", help="of the written weights")
+
+
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of SAE.from_pretrained."""
     overrides: dict[str, Any] = {}
@@ -44,6 +50,13 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "compat": args.compat,
         "overrides": overrides,
     }
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    from fastsae.formats.describe import as_text, describe
+
+    found = describe(args.sae, args.sae_id, **options(args))
+    print(json.dumps(found, indent=1) if args.json else as_text(found))
 
 
 def run_convert(args: argparse.Namespace) -> None:
