@@ -6,6 +6,7 @@ config)`, the last being what the written tensors mean. docs/formats.md lists wh
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -149,12 +150,13 @@ def save(
 
 
 def _refuse_by_name(c: Checkpoint) -> None:
-    """Families that are known and cannot be an SAE: one encoder with many decoders."""
-    layers = {key for key in c.keys if key.startswith(("W_enc_", "W_dec_"))}
-    if layers or any(isinstance(t, Tensor) and t.dim() > 2 for t in c.tensors.values()):
+    """Families that are known and cannot be an SAE: one encoder with many decoders, or the
+    reverse."""
+    cross_layer = any(re.match(r"W_(enc|dec)_\d+$", key) for key in c.keys)
+    if cross_layer or any(isinstance(t, Tensor) and t.dim() > 2 for t in c.tensors.values()):
         raise FastsaeError(
-            f"{c.source}: a cross-layer transcoder (CLT) writes to several layers and cannot be "
-            "represented; use per-layer transcoders of the same release"
+            f"{c.source}: a cross-layer transcoder (CLT) or crosscoder reads or writes several "
+            "layers and cannot be represented; use per-layer SAEs or transcoders of the release"
         )
 
 

@@ -161,6 +161,14 @@ def test_what_version_2_cannot_be(tmp_path, draw, fails, cfg, words):
     fails(version_2(tmp_path, draw(f=F), **cfg), "sae_weights.safetensors", words)
 
 
+def test_a_crosscoder_is_refused(tmp_path, draw, fails):
+    w = draw(f=F)
+    w.W_enc, w.W_dec = w.W_enc.expand(2, F, D).mT, w.W_dec.expand(2, F, D)
+    tensors = {"W_E": w.W_enc, "b_E": w.b_enc.expand(2, F), "W_D": w.W_dec, "b_D": w.b_dec}
+    put(tmp_path, tensors, {"sae_type": "crosscoder"}, "sae_weights.safetensors")
+    fails(tmp_path, "crosscoder", "cannot be represented")
+
+
 def test_what_version_1_cannot_be(tmp_path, draw, fails):
     w = draw(f=F)
     fails(version_1(tmp_path, w, norm_activation="token-wise"), "'token-wise' cannot")
