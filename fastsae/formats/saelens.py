@@ -72,7 +72,8 @@ def to_fastsae(c: Checkpoint) -> tuple[SAEConfig, parts.State]:
     d_in = parts.tensor(c, "W_enc").shape[0] if transcoder else d_out
     parts.agree(c, d_in=d_in, d_sae=d_sae, **({"d_out": d_out} if transcoder else {}))
     state = _state(c, architecture, d_in, d_out, d_sae)
-    centre = (metadata.get("model_from_pretrained_kwargs") or {}).get(_CENTRED, False)
+    kwargs = cfg.get("model_from_pretrained_kwargs", metadata.get("model_from_pretrained_kwargs"))
+    centre = (kwargs or {}).get(_CENTRED, False)
     config = parts.config(
         c,
         d_in=d_in,

@@ -230,7 +230,9 @@ def test_a_model_with_centred_writing_weights(tmp_path, make):
     """SAELens' cfg says the SAE saw x − mean(x); a plain model's activations are not centred."""
     sae = make("relu")
     sae.save_pretrained(tmp_path)
-    flat(tmp_path, model_from_pretrained_kwargs={"center_writing_weights": True})
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    assert SAE.from_pretrained(tmp_path, overrides=kwargs).config.normalization == "center"
+    flat(tmp_path, **kwargs)
     centred = SAE.from_pretrained(tmp_path)
     x = torch.randn(9, D) + 2
     mean = x.mean(-1, keepdim=True)

@@ -197,6 +197,32 @@ def test_the_hub_is_asked_for_these_files_only(tmp_path, monkeypatch, make, same
     fails("org/name", "org/name: has no SAE at layer_9", "sae_id", sae_id="layer_9")
 
 
+def test_one_file_of_a_repository_and_where_it_came_from(tmp_path, monkeypatch, make):
+    """A file is asked for with the configs beside it; commit and digest are those of the cache."""
+    hub = pytest.importorskip("huggingface_hub")
+    root, digest, asked = tmp_path / "snapshots" / "c0ffee", "ab" * 32, []
+    sae = make("relu", apply_b_dec_to_input=False)
+    names = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+    values = (sae.W_enc, sae.b_enc, sae.W_dec.T, sae.b_dec)
+    root.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    keys = {n: v.detach().contiguous() for n, v in zip(names, values, strict=True)}
+    torch.save(keys, tmp_path / "blobs" / digest)
+    (root / "sae-l19.pt").symlink_to(tmp_path / "blobs" / digest)
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(root)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    loaded = SAE.from_pretrained("org/name", "sae-l19.pt")
+    assert torch.equal(loaded.W_dec, sae.W_dec)
+    assert asked[:2] == ["sae-l19.pt", "cfg.json"] and "config.yaml" in asked
+    assert loaded.config.hook_name == "blocks.19.hook_resid_post"
+    origin = {"repository": "org/name", "file": "sae-l19.pt", "commit": "c0ffee", "sha256": digest}
+    assert loaded.config.metadata == {"origin": origin}
+
+
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, fails):
     hub = pytest.importorskip("huggingface_hub")
 
