@@ -87,12 +87,14 @@ class SAEConfig:
             raise FastsaeError("hook_name_out: only a transcoder has one; pass d_out too")
         check.one_of("dtype", self.dtype, tuple(DTYPES))
 
-    def require_plain(self, what: str) -> None:
-        """Raise FastsaeError if h and x̂ need more than W_enc, W_dec, b_enc, b_dec and θ."""
+    def require_plain(self, what: str, *, normalization: tuple[str, ...] = ()) -> None:
+        """Raise FastsaeError if h and x̂ need more than W_enc, W_dec, b_enc, b_dec and θ, and the
+        normalizations that the caller handles."""
         extras = {
             "a transcoder": self.d_out is not None,
             "a skip connection": self.skip,
-            f"normalization={self.normalization!r}": self.normalization != "none",
+            f"normalization={self.normalization!r}": self.normalization
+            not in ("none", *normalization),
             "an activation_scale": self.activation_scale,
         }
         if any(extras.values()):

@@ -147,7 +147,7 @@ def test_convert_says_what_a_format_cannot_express(tmp_path, capsys):
 def test_inspect_names_the_family_the_hook_and_what_was_set(sae_folder, tmp_path, capsys):
     assert main(["inspect", str(sae_folder), "--json", "--set", "k=5"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["format"], found["k"], found["kind"]) == ("saelens", 5, "autoencoder")
+    assert (found["family"], found["k"], found["kind"]) == ("saelens", 5, "autoencoder")
     assert found["hook"] == {
         "layer": 1,
         "huggingface": "layers.1.output",

@@ -323,7 +323,7 @@ def test_a_normalized_code_needs_its_latents(device, x):
     [
         (TRANSCODER, "a transcoder"),
         ({"skip": True}, "a skip connection"),
-        ({"normalization": "center"}, "normalization='center'"),
+        ({"normalization": "layer_norm"}, "normalization='layer_norm'"),
         ({"activation_scale": True}, "an activation_scale"),
     ],
 )
@@ -338,6 +338,19 @@ def test_steering_and_measuring_refuse_by_name(device, x, fields, words):
     with pytest.raises(FastsaeError, match="measuring a reconstruction"):
         reconstruction(sae, [x.view(-1, D)])
     extended(device).config.require_plain("anything")
+
+
+def test_steering_reads_a_centred_sae_from_plain_activations(device, x):
+    """The rows that steering keeps see mean(x) as the SAE does: not at all."""
+    from fastsae.steering.lower import fetch_rows
+    from fastsae.steering.table import PolicyTable
+
+    sae = extended(device, activation="relu", k=None, normalization="center")
+    PolicyTable(sae)
+    rows = fetch_rows(sae, [(feature, False) for feature in range(F)])
+    shifted = x.cpu() + 3
+    h = (shifted @ rows.enc.T + rows.bias).relu()
+    torch.testing.assert_close(h, sae.encode(x).to_dense().cpu(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_sae_uses_the_ops(make, x, monkeypatch):

@@ -31,7 +31,7 @@ def describe(
     stored = sorted({_dtype(t) for t in source.tensors.values() if isinstance(t, Tensor)})
     found: dict[str, Any] = {
         "source": source.source,
-        "format": family.NAME,
+        "family": family.NAME,
         "activation": c.activation,
         "k": c.k,
         "d_in": c.d_in,

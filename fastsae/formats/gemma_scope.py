@@ -37,8 +37,11 @@ def to_fastsae(c: Checkpoint) -> tuple[SAEConfig, parts.State]:
     }
     folders = c.name.split("/")
     release = next((part for part in folders if part.startswith("gemma-scope-")), "")
-    layer = parts.number_in(c.name, r"layer_(\d+)")
-    transcoder, embedding = "transcoder" in c.name, "embedding" in folders
+    # Folders above the release, or above layer/width/l0/file, are the user's own.
+    folders = folders[folders.index(release) if release else -5 :]
+    layer = parts.number_in("/".join(folders), r"layer_(\d+)")
+    transcoder = any("transcoder" in part for part in folders)
+    embedding = "embedding" in folders
     hook = None
     if embedding:
         hook = "hook_embed"

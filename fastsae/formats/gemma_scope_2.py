@@ -68,8 +68,9 @@ def to_fastsae(c: Checkpoint) -> tuple[SAEConfig, parts.State]:
 
 def _hooks(c: Checkpoint) -> tuple[str | None, str | None]:
     given = parts.text(c, "hf_hook_point_in"), parts.text(c, "hf_hook_point_out")
-    layer = parts.number_in(c.name, r"layer_(\d+)")
-    site = next((site for site in _SITES if f"/{site}" in c.name), None)
+    own = c.name.split("/")[-3:]  # site/layer_N…/file: folders above are the user's own
+    layer = parts.number_in("/".join(own), r"layer_(\d+)")
+    site = next((site for site in _SITES if any(part.startswith(site) for part in own)), None)
     if given[0] is not None or layer is None or site is None:
         # An autoencoder may name its one hook point twice.
         return given[0], given[1] if given[1] != given[0] else None

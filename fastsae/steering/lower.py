@@ -149,6 +149,8 @@ def fetch_rows(sae: SAE, keys: list[RowKey]) -> Rows:
     enc, dec, bias = rows(sae.W_enc), rows(sae.W_dec).float(), rows(sae.b_enc).double()
     if sae.config.apply_b_dec_to_input:
         bias = bias - enc.double() @ sae.b_dec.detach().to("cpu").double()
+    if sae.config.normalization == "center":  # W (x − mean x) = (W − its row means) x
+        enc = enc.double() - enc.double().mean(dim=1, keepdim=True)
     theta = torch.zeros(len(keys))
     if sae.config.has_threshold:
         own = torch.tensor([own for _, own in keys], dtype=torch.bool)

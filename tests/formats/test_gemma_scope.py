@@ -79,6 +79,16 @@ def test_gemma_scope_1_embeddings(tmp_path, draw, agrees):
     assert sae.config.hook_name == "hook_embed"
 
 
+@pytest.mark.parametrize("parent", ["embedding", "transcoders", "layer_9"])
+def test_folders_of_the_users_own_mean_nothing(tmp_path, draw, agrees, parent):
+    w, release = draw(f=F), tmp_path / parent / "gemma-scope-2b-pt-res"
+    sae = SAE.from_pretrained(write_1(release / "layer_20/width_16k/average_l0_71", w))
+    agrees(sae, w.x, jumprelu(w), w.decode(jumprelu(w)))
+    assert sae.config.hook_name == "blocks.20.hook_resid_post" and sae.config.d_out is None
+    sae = SAE.from_pretrained(write_2(tmp_path / parent / "2" / "resid_post" / "layer_3_w", w))
+    assert sae.config.hook_name == "model.layers.3.output" and sae.config.d_out is None
+
+
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize(
     "site,place",
