@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help build demo test lint bench bench-peers bench-record gpu-compile clean
+.PHONY: help build demo test test-compat lint bench bench-peers bench-record gpu-compile clean
 help:
 	@echo "make demo         explain and steer a real language model on this machine (writes demo-report/)"
 	@echo "make test         lint, every test, every GPU kernel compiled ahead of time"
+	@echo "make test-compat  checkpoints against SAELens, sparsify and dictionary_learning, in an environment of their own"
 	@echo "make bench        every op against torch; bench-peers: against SAELens, sparsify, dictionary_learning"
 	@echo "make bench-record both and the training step, recorded in benchmarks/results and README.md"
 	@echo "make lint | gpu-compile | build | clean"
@@ -62,6 +63,13 @@ $(PEERS)/.ready: constraints-peers.txt $(CSRC)
 	$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	$(PEERS_PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
+
+$(PEERS)/.test: $(PEERS)/.ready
+	$(PEERS_PIP) pytest
+	@touch $@
+
+test-compat: $(PEERS)/.test
+	$(PEERS)/bin/pytest -q tests/compat tests/formats
 
 bench-peers: $(PEERS)/.ready
 	$(PEERS)/bin/python -P benchmarks/peers.py

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "ops": {"errors"},
     "models": {"errors"},
+    "hookpoints": {"errors", "models"},
     "sae": {"errors", "ops"},
     "formats": {"errors", "ops", "sae"},
     "steering": {"errors", "models", "ops", "sae"},
@@ -36,7 +37,7 @@ WITHOUT_MODELS = {"steering/policy.py", "steering/table.py"}
 # Inside functions only: a cycle by nature, each with its reason.
 LAZILY = {
     ("sae", "formats"): "from_pretrained and save_pretrained read and write the families",
-    ("formats", "models"): "the two notations of a hook point",
+    ("formats", "hookpoints"): "the notations of a hook point, when one is written or shown",
     ("ops", "_C"): "build information, when the extension is built",
 }
 DEPENDENCIES = {"torch", "numpy", "safetensors"}

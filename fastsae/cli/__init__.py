@@ -5,14 +5,24 @@ import argparse
 import sys
 
 from fastsae import __version__
+from fastsae.cli.checkpoint import add_convert, add_inspect
 from fastsae.cli.demo import add_demo
+from fastsae.cli.env import add_env
 from fastsae.cli.explain import add_explain, add_search
 from fastsae.cli.generate import add_generate
-from fastsae.cli.inspect import add_env, add_inspect
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
-_COMMANDS = (add_demo, add_train, add_explain, add_search, add_generate, add_inspect, add_env)
+_COMMANDS = (
+    add_demo,
+    add_train,
+    add_explain,
+    add_search,
+    add_generate,
+    add_inspect,
+    add_convert,
+    add_env,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
