@@ -107,5 +107,5 @@ def test_saklas(sae, close):
 
 def test_only_a_fastsae_sae():
     for wrapper in (DelphiCoder, RepsteerAdapter, lambda s: SAEBenchSAE(s, "gpt2")):
-        with pytest.raises(FastsaeError, match="expected a fastsae.SAE"):
+        with pytest.raises(FastsaeError, match=r"expected a fastsae\.SAE"):
             wrapper(torch.nn.Linear(2, 2))

@@ -69,8 +69,8 @@ def test_sparse_codes_are_refused_with_the_fix():
 def test_saelens_trainer_has_the_same_loss_curve(tmp_path, close):
     """200 steps of SAELens' own SAETrainer, AuxK at work: every step's loss within 1e-4.
 
-    From SAELens' own initialisation. From a random b_dec a top-k tie flips near step 190, and moving
-    W_enc by one ulp then changes SAELens' own curve by 1.5e-3.
+    From SAELens' own initialisation. From a random b_dec a top-k tie flips near step 190, and
+    moving W_enc by one ulp then changes SAELens' own curve by 1.5e-3.
     """
     curves, finals = [], []
     truth = torch.randn(64, D)

@@ -27,7 +27,7 @@ TESTS = {
     },
 }
 EXCLUDED = {
-    "test_decode.py": "compares sparsify's Triton decoder with its eager one on a GPU: no SparseCoder",
+    "test_decode.py": "its Triton decoder against its eager one, on a GPU: no SparseCoder",
     "test_encode.py": "tests FusedEncoder on its own (8192 x 131072 on a GPU): no SparseCoder",
 }
 # Every SparseCoder that a test makes or loads is accelerated; calls are counted at the end.
