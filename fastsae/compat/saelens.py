@@ -61,7 +61,7 @@ class _SAE(swap.Accelerated):
             x = x * scale
             norm = (scale,)
         _states()[self] = (norm, self.d_head if heads else None)
-        return x - self.b_dec * self.cfg.apply_b_dec_to_input
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
     def encode(self, x: Tensor) -> Tensor:
         if listening(self.hook_sae_acts_pre) or not codes.plain(x, *self.parameters()):
