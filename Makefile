@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: help build demo test test-compat lint bench bench-peers bench-record gpu-compile clean
+.PHONY: help build demo test test-compat lint bench bench-peers bench-compat bench-record gpu-compile clean
 help:
 	@echo "make demo         explain and steer a real language model on this machine (writes demo-report/)"
 	@echo "make test         lint, every test, every GPU kernel compiled ahead of time"
-	@echo "make test-compat  checkpoints against SAELens, sparsify and dictionary_learning, in an environment of their own"
+	@echo "make test-compat  SAELens, sparsify, dictionary_learning on our kernels, in their own environment"
 	@echo "make bench        every op against torch; bench-peers: against SAELens, sparsify, dictionary_learning"
 	@echo "make bench-record both and the training step, recorded in benchmarks/results and README.md"
 	@echo "make lint | gpu-compile | build | clean"
@@ -64,15 +64,23 @@ $(PEERS)/.ready: constraints-peers.txt $(CSRC)
 	$(PEERS_PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(PEERS)/.test: $(PEERS)/.ready
-	$(PEERS_PIP) pytest
-	@touch $@
-
-test-compat: $(PEERS)/.test
-	$(PEERS)/bin/pytest -q tests/compat tests/formats
-
 bench-peers: $(PEERS)/.ready
 	$(PEERS)/bin/python -P benchmarks/peers.py
+
+bench-compat: $(PEERS)/.ready
+	$(PEERS)/bin/python -P benchmarks/compat.py
+
+# The peers' source distributions, whose own tests run against accelerated objects; only unpacked.
+PEER_SDISTS := sae-lens dictionary-learning eai-sparsify
+$(PEERS)/.tests: $(PEERS)/.ready
+	$(PEERS_PIP) pytest
+	for name in $(PEER_SDISTS); do $(PEERS)/bin/python -m pip --disable-pip-version-check download \
+		--quiet --no-deps --no-binary $$name --dest $(PEERS)/sdists \
+		$$(grep "^$$name==" constraints-peers.txt) || exit 1; done
+	@touch $@
+
+test-compat: $(PEERS)/.tests
+	$(PEERS)/bin/pytest -q tests/compat
 
 # Refuses on a busy machine. Commit first: every row names the commit it measured.
 RESULTS := benchmarks/results
@@ -81,6 +89,7 @@ bench-record: $(VENV)/.dev $(PEERS)/.ready
 	$(BIN)/python -P benchmarks/ops.py --profile --out $(RESULTS)/cpu-profile.csv
 	$(BIN)/python -P benchmarks/train_step.py --out $(RESULTS)/train-step.csv
 	$(PEERS)/bin/python -P benchmarks/peers.py --out $(RESULTS)/peers.csv
+	$(PEERS)/bin/python -P benchmarks/compat.py --out $(RESULTS)/compat.csv
 	$(BIN)/python -P benchmarks/table.py --write README.md
 
 clean:
