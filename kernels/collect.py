@@ -203,7 +203,7 @@ def lists(N: int, C: int, device: torch.device) -> Lists:
 
 def _config(C: int, NG: int, G: int) -> dict:
     """Enough warps that a list and all groups stay in registers."""
-    warps = 4 if max(C, NG) <= 1024 and NG * G <= 4096 else 8 if max(C, NG) <= 2048 else 16
+    warps = 16 if C > 1024 else 4 if NG * G <= 4096 else 8
     return {"BLOCK": min(512, 64 * warps), "num_warps": warps, "maxnreg": 128}
 
 
@@ -273,7 +273,8 @@ def _aot(C: int, NG: int, G: int, **flags: bool):
 AOT = [
     _aot(512, 512, 8, HAS_MAXIMA=False, LIMIT=False),
     _aot(512, 512, 8, HAS_MAXIMA=False, LIMIT=True),
-    _aot(4096, 512, 8, HAS_MAXIMA=False, LIMIT=False),
+    _aot(2048, 512, 8, HAS_MAXIMA=False, LIMIT=False),
+    _aot(4096, 512, 8, HAS_MAXIMA=False, LIMIT=True),
     _aot(512, 1024, 64, HAS_MAXIMA=True, LIMIT=False),
     _aot(512, 64, 128, HAS_MAXIMA=True, LIMIT=True),
 ]

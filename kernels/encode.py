@@ -65,8 +65,11 @@ def _screened(x, W, b_enc, k: int, b_dec, out) -> None:
 
 
 def capacity(k: int) -> int:
-    """Candidates per row: several times what screens leave of real activations."""
-    return max(512, 1 << (4 * k - 1).bit_length())
+    """Candidates per row: several times what screens leave of real activations.
+
+    Not more than 2048: longer lists do not fit the registers of a program.
+    """
+    return min(2048, max(512, 1 << (4 * k - 1).bit_length()))
 
 
 def _whole(x, W, b_enc, k: int, b_dec, out) -> None:
