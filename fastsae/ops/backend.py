@@ -26,7 +26,8 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "topk": ("topk", ("_topk_rows",)),
     "encode_topk": ("encode", ("_encode_topk",)),
-    "encode_threshold": ("encode", ("_encode_threshold",)),
+    "encode_threshold": ("encode_threshold", ("_encode_threshold",)),
+    "encode_threshold_padded": ("encode_threshold", ("_encode_threshold",)),
     "decode": ("decode", ("_decode_rows",)),
     "gather_dot": ("decode", ("_gather_dot",)),
     "sparse_outer": ("sparse_outer", ("_sparse_outer",)),
