@@ -4,6 +4,11 @@
 //   nvcc -c csrc/ops_cuda.cu -o /dev/null -O3 -std=c++20 -DUSE_CUDA -Xptxas -v
 //     -DTORCH_TARGET_VERSION=0x020b000000000000 -I$TORCH/include
 //     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a
+// What benchmarks/gpu_compile.py looks for in the code (Li8E, Li4E: 16 bytes of bf16, fp32 a lane):
+// expect sm_80 decode_rows_kernelIf13__nv_bfloat16fLi8E: LDG.E.128, !LDG.E.U16, !ATOM
+// expect sm_80 decode_rows_kernelIfffLi4E: LDG.E.128, !ATOM
+// expect sm_90a decode_rows_kernelIf13__nv_bfloat16fLi8E: LDG.E.128, !LDG.E.U16, !ATOM
+// expect sm_90a decode_rows_kernelIfffLi4E: LDG.E.128, !ATOM
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
