@@ -88,7 +88,7 @@ def test_expectations_are_texts_of_the_code(gpu_compile):
 
 
 def test_every_kernel_of_the_sparse_ops_says_what_its_code_holds(gpu_compile):
-    for stem in ("decode",):
+    for stem in ("decode", "sparse_outer"):
         for case in gpu_compile.cases(stem):
             assert len(case) == 5 and set(case[4]) >= {"sm_80", "sm_90"}, case[0].__name__
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    from fastsae.kernels import decode
+    from fastsae.kernels import decode, sparse_outer
 
 
 def test_in_the_interpreter():
@@ -87,6 +87,44 @@ def test_gathers_beyond_2_31_elements():
         (decode.gather_dot(g, W, indices), decode.gather_dot(g, small, local)),
     ):
         assert torch.equal(got, wanted) and got.abs().sum() > 0
+
+
+@pytest.mark.parametrize("n,k,f,d", [(0, 3, 7, 5), (7, 3, 50, 5), (300, 4, 5, 260), (9, 5, 70, 33)])
+def test_code_gradients(n, k, f, d):
+    """Hot features included: 300 rows of 4 entries over 5 features make whole segments."""
+    values, indices = entries(n, k, f)
+    if f == 5:
+        indices[:, 0] = 3
+    g, x, W = torch.randn(n, d), torch.randn(n, d), torch.randn(f, d)
+    got = sparse_outer.code_gradients(values, indices, g, x, W)
+    oracle = dense_gradients(values.double(), indices, g.double(), x.double(), W.double())
+    by_torch = dense_gradients(values, indices, g, x, W)
+    for a, b, c in zip(got, oracle, by_torch, strict=True):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        limit = 2 * (c.double() - b).norm() + 1e-7 * b.norm()
+        assert (a.double() - b).norm() <= limit
+    assert all(map(torch.equal, got, sparse_outer.code_gradients(values, indices, g, x, W)))
+    # The slopes of both passes are those of the separate ops.
+    alone = sparse_outer.sparse_outer(values, indices, g, f)
+    assert torch.equal(got[0], alone[0])
+
+
+def dense_gradients(values, indices, g, x, W):
+    slopes = torch.where(values != 0, (g @ W.T).gather(1, indices.long()), 0)
+    zero = torch.zeros(values.shape[0], W.shape[0], dtype=g.dtype)
+    code, slope = (zero.scatter_add(1, indices.long(), v) for v in (values, slopes))
+    return code.T @ g, slope.T @ x, slope.sum(0)
+
+
+def test_gradients_ignore_padding_and_wrong_indices():
+    values = torch.tensor([[1.0, 0.0], [2.0, 3.0], [1.0, 1.0]])
+    indices = torch.tensor([[1, 2], [1, 9], [-1, 0]], dtype=torch.int32)
+    g, x, W = torch.randn(3, 5), torch.randn(3, 5), torch.randn(3, 5)
+    g[0], x[0] = 1.0, torch.nan  # x of a row counts where its entry is used, and only there
+    dW_dec, dW_enc, db = sparse_outer.code_gradients(values, indices, g, x, W)
+    torch.testing.assert_close(dW_dec[1], g[0] + 2 * g[1])
+    assert dW_enc[1].isnan().all() and (dW_enc[2] == 0).all() and db[2] == 0
+    torch.testing.assert_close(db[:2], torch.stack([W[0] @ g[2], W[1] @ (g[0] + g[1])]))
 
 
 if not INTERPRETING:  # only the test that starts the interpreter is left in this process
