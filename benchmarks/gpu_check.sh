@@ -82,6 +82,7 @@ sanitize() { # a few calls of every op under compute-sanitizer, where it is inst
 }
 
 measure() {
+  rm -f "$csv" # what an earlier run measured must not be judged
   "$python" -P benchmarks/ops.py --device cuda --budget 110 --out "$csv"
   local status=$?
   [ -f "$csv" ] && "$python" -P benchmarks/gpu_targets.py "$csv"
