@@ -252,9 +252,9 @@ def test_decode_skips_padding_and_keeps_borders():
     W[3] = torch.nan
     values, indices = torch.tensor([[2.0, 0.0]]), torch.tensor([[1, 3]], dtype=torch.int32)
     buffer = torch.full((80,), 7.0)
-    config = decode._decode_config(4)
-    arguments = (values, indices, W, W, buffer[11:], 2, 10, 37)
-    decode._decode_kernel[(1, 1)](*arguments, HAS_BIAS=False, **config)
+    config = decode._decode_config(1, 37, 4)
+    arguments = (values, indices, W, W, buffer[11:], 1, 2, 10, 37, 1)
+    decode._decode_kernel[(1, 2)](*arguments, HAS_BIAS=False, **config)
     assert torch.equal(buffer[11:48], 2 * W[1])
     assert (buffer[:11] == 7).all() and (buffer[48:] == 7).all()
 

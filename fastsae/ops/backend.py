@@ -148,6 +148,11 @@ def implementation(op: str, name: str) -> Callable:
     return getattr(module, op)
 
 
+def kernel(stem: str, name: str) -> Callable:
+    """The Triton function `name` of kernels/<stem>.py, for leaf ops that CUDA serves in Triton."""
+    return getattr(importlib.import_module(f"fastsae.kernels.{stem}"), name)
+
+
 def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | None:
     """The compiled implementation of `op` where a call may skip checks and dispatch, else None.
 

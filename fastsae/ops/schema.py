@@ -125,6 +125,13 @@ for name, function in (
     lib.impl(name, function, "CUDA")
 
 
+def _code_gradients(values, indices, g, x, W):
+    return backend.kernel("sparse_outer", "code_gradients")(values, indices, g, x, W)
+
+
+lib.impl("_code_gradients", _code_gradients, "CUDA")  # csrc/ has it for the CPU
+
+
 # --- fakes: shapes and dtypes for torch.compile and export -------------------------------------
 
 
