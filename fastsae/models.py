@@ -86,6 +86,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"model: found no list of decoder layers in {type(model).__name__}; "
             "fastsae works on decoder-only transformers models"
         )
+    inside = set(best.modules())
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside and len(module):
+            if type(module[0]) is type(best[0]) and any(p.numel() for p in module.parameters()):
+                raise FastsaeError(
+                    f"model: {type(model).__name__} has several stacks of "
+                    f"{type(best[0]).__name__}; fastsae works on models with a single one"
+                )
     return best
 
 

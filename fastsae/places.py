@@ -21,7 +21,7 @@ _NOTATIONS = (
     re.compile(r"^(?P<point>resid_mid|attn_out|mlp_in|mlp_out)\.(?P<layer>\d+)$"),
     re.compile(
         r"^(?:.*\.)?(?:layers|h|blocks|block)\.(?P<layer>\d+)\."
-        r"(?P<point>(?!hook_)[A-Za-z_][\w.]*?)(?P<side>\.input|\.output)?$"
+        r"(?!.*hook_)(?P<point>[A-Za-z_][\w.]*?)(?P<side>\.input|\.output)?$"
     ),
 )
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
@@ -122,8 +122,8 @@ def site(model: nn.Module, layer: int, point: str) -> tuple[nn.Module, str]:
         return _by_path(block, layer, point)
     if hasattr(block, "intermediate"):  # BERT and its kin: every branch ends in a norm of the sum
         raise FastsaeError(
-            f"layer: {type(block).__name__} norms each branch together with the residual, so it has "
-            f"no {point}; take resid_pre or resid_post"
+            f"layer: {type(block).__name__} norms each branch together with the residual, so it "
+            f"has no {point}; take resid_pre or resid_post"
         )
     branch_norms = next((p for p in _SANDWICH if all(hasattr(block, n) for n in p)), None)
     if point == "resid_mid":
