@@ -9,10 +9,22 @@ from fastsae.cli.demo import add_demo
 from fastsae.cli.explain import add_explain, add_search
 from fastsae.cli.generate import add_generate
 from fastsae.cli.inspect import add_env, add_inspect
+from fastsae.cli.policy import add_policy
+from fastsae.cli.sweep import add_sweep
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
-_COMMANDS = (add_demo, add_train, add_explain, add_search, add_generate, add_inspect, add_env)
+_COMMANDS = (
+    add_demo,
+    add_train,
+    add_explain,
+    add_search,
+    add_policy,
+    add_sweep,
+    add_generate,
+    add_inspect,
+    add_env,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
