@@ -11,6 +11,11 @@ from torch import Tensor
 
 from fastsae.errors import FastsaeError
 
+_GRAPHS = (
+    "continuous_batching_config: a graph replays the requests it was recorded with; steer with "
+    "use_cuda_graph=False and without compile configs"
+)
+
 
 class Packed(NamedTuple):
     """One packed forward, token by token (all [T])."""
@@ -23,12 +28,13 @@ class Packed(NamedTuple):
 class Requests:
     """The requests of one manager: the row of `set` and the prompt length of each id."""
 
-    def __init__(self, manager, host):
+    def __init__(self, manager, host, kept: bool):
         self.manager, self.host = manager, host
         self.rows: dict[str, int] = {}
         self.lengths: dict[str, int] = {}
         self.next = 0  # the row of the next request that has no name of its own
-        self._began_with: tuple | None = None  # the policies that the shared blocks may hold
+        # The policies that the shared blocks may hold; a manager kept from before attach has none.
+        self._began_with: tuple | None = () if kept else None
         self._add = manager.add_request
         manager.add_request = self.add
 
@@ -86,29 +92,34 @@ class Requests:
         graphs = any(config.cuda_graph_booleans) and self.manager.model.device.type == "cuda"
         compiled = (config.varlen_compile_config, config.decode_compile_config)
         if graphs or any(each is not None for each in compiled):
-            raise FastsaeError(
-                "continuous_batching_config: a graph replays the requests it was recorded with; "
-                "steer with use_cuda_graph=False and without compile configs"
-            )
+            raise FastsaeError(_GRAPHS)
 
     def packed(self, tokens: int, device: torch.device) -> Packed:
         """The running forward of `tokens` tokens."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise FastsaeError(_GRAPHS)
         io = self.manager.batch_processor.inputs_and_outputs
         if hasattr(io, "io_pairs"):
             io = io.io_pairs[io.current_pair].host_io
-        rows, lengths = [], []
+        rows, real, lengths = [], [], []
         for future in io.requests_in_batch:
-            name = future.state.request_id.partition("__child#")[0]
+            name, count = future.state.request_id.partition("__child#")[0], future.query_length
+            if name.startswith("__warmup_"):  # the manager's own rehearsal, before any request
+                rows += [0] * count
+                real += [False] * count
+                lengths += [0] * count
+                continue
             if name not in self.lengths:
                 raise FastsaeError(
                     f"policies: request {name!r} began before they were set; set them first"
                 )
             row = self.rows[name] if self.host.requests is None else self._named(name)
-            rows += [row] * future.query_length
-            lengths += [self.lengths[name]] * future.query_length
+            rows += [row] * count
+            real += [True] * count
+            lengths += [self.lengths[name]] * count
         pad = [0] * (tokens - len(rows))
         return Packed(
             torch.tensor(rows + pad, device=device),
-            torch.arange(tokens, device=device) < len(rows),
+            torch.tensor(real + [False] * len(pad), device=device),
             torch.tensor(lengths + pad, device=device),
         )

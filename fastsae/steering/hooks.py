@@ -203,10 +203,11 @@ class Host:
         return results
 
     def _init_continuous_batching(self, original, *args, **kwargs):
+        kept = [getattr(m, "_cached_continuous_batching_manager", None) for m in self.wrapped]
         manager = original(*args, **kwargs)
         ours = getattr(manager.add_request, "__self__", None)
         if not isinstance(ours, Requests) or ours.host is not self:
-            ours = Requests(manager, self)
+            ours = Requests(manager, self, kept=any(each is manager for each in kept))
         ours.next = 0
         self.tracker.requests = ours
         return manager

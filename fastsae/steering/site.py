@@ -195,7 +195,7 @@ class Site:
             )
         most, before = float(relative_change(x, r).max()), self.largest_dose
         self.largest_dose = max(most, before)
-        if most > self.dose.limit:
+        if not most <= self.dose.limit:  # NaN is no dose either
             text = (
                 f"dose: a policy moved a token by {most:.3g} times its length, above the limit of "
                 f"{self.dose.limit:g}; lower the strength, raise the limit, or clamp"

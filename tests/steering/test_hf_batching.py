@@ -1,5 +1,7 @@
 """Continuous batching: requests of different policies packed into one row, mapped by their ids."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -129,6 +131,50 @@ def test_a_kept_manager_with_shared_blocks_serves_one_policy(model, sae, rows):
             handle.set(policy)
             with pytest.raises(FastsaeError, match=r"must not share cache blocks.*a new manager"):
                 manager.add_request([1, 2, 3])
+
+
+def test_a_manager_from_before_attach_holds_unsteered_blocks(model, sae, rows, run):
+    config = transformers.ContinuousBatchingConfig(num_blocks=16, page_size=8)
+    settings = transformers.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
+    model.generate_batch(
+        PROMPTS,
+        generation_config=settings,
+        continuous_batching_config=config,
+        persistent_manager=True,
+    )
+    with attach(model, {LAYER: sae}) as handle:
+        handle.set(rows[0])
+        with pytest.raises(FastsaeError, match=r"must not share cache blocks"):
+            model.generate_batch(PROMPTS, generation_config=settings)
+    model.destroy_cached_continuous_batching_manager()
+
+
+def test_graphs_are_refused(model, sae, rows, run):
+    compiling = transformers.CompileConfig()
+    with attach(model, {LAYER: sae}) as handle:
+        handle.set(rows)
+        with pytest.raises(FastsaeError, match=r"a graph replays the requests"):
+            run(model, varlen_compile_config=compiling)
+
+
+def test_the_managers_own_rehearsal_is_not_steered(model, sae, rows):
+    config = transformers.ContinuousBatchingConfig(allow_block_sharing=False)
+    with attach(model, {LAYER: sae}) as handle:
+        handle.set(rows)
+        manager = model.init_continuous_batching(continuous_batching_config=config)
+        manager.add_request([1, 2, 3])
+        states = [("__warmup_PREFILLING_0__", 2), ("request-0", 3)]
+        manager.batch_processor = SimpleNamespace(
+            inputs_and_outputs=SimpleNamespace(
+                requests_in_batch=[
+                    SimpleNamespace(state=SimpleNamespace(request_id=name), query_length=count)
+                    for name, count in states
+                ]
+            )
+        )
+        packed = manager.add_request.__self__.packed(7, torch.device("cpu"))
+        assert packed.real.tolist() == [False, False, True, True, True, False, False]
+        assert packed.lengths[2:5].tolist() == [3, 3, 3]
 
 
 def test_mistakes_reach_the_caller_of_generate_batch(model, sae, run, rows):
