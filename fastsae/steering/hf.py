@@ -110,9 +110,10 @@ class SteeringHandle:
     def counts(self) -> dict[str, list[int]]:
         """{place: tokens steered since `set`, per row that was set}, a token once per forward.
 
-        A row's beams and copies count together. Tokens in their row's phase that are neither padding nor a first token count, whether or not
-        a gate let the operations through. `generate` of n tokens steers n − 1 of them and the
-        prompt: the last token is never fed back. Compiled graphs count too. Waits for the device.
+        A row's beams and copies count together. Tokens in their row's phase that are neither
+        padding nor a first token count, whether or not a gate let the operations through.
+        `generate` of n tokens steers n − 1 of them and the prompt: the last token is never fed
+        back. Compiled graphs count too. Waits for the device.
         """
         return {
             str(place): [] if each.counts is None else each.counts[:, 0].tolist()
