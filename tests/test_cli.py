@@ -10,7 +10,18 @@ import torch
 import fastsae
 from fastsae.cli import main
 
-COMMANDS = ("demo", "train", "explain", "search", "generate", "inspect", "convert", "env")
+COMMANDS = (
+    "demo",
+    "train",
+    "explain",
+    "search",
+    "policy",
+    "sweep",
+    "generate",
+    "inspect",
+    "convert",
+    "env",
+)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from fastsae.cli.demo import add_demo
 from fastsae.cli.env import add_env
 from fastsae.cli.explain import add_explain, add_search
 from fastsae.cli.generate import add_generate
+from fastsae.cli.policy import add_policy
+from fastsae.cli.sweep import add_sweep
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
@@ -18,6 +20,8 @@ _COMMANDS = (
     add_train,
     add_explain,
     add_search,
+    add_policy,
+    add_sweep,
     add_generate,
     add_inspect,
     add_convert,
