@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastsae import places
 from fastsae.errors import FastsaeError
-from fastsae.models import decoder_layers, residual_of
+from fastsae.models import residual_of
 
 # site -> (name inside a TransformerLens block, module path in a Llama layer, side)
 SITES = {
@@ -135,48 +136,26 @@ def locate(model: nn.Module, hook: "str | HookPoint") -> Place:
     if point.site == "embed":
         module = model.get_input_embeddings()
         return Place(module, "output", _path_of(model, module))
-    layers = decoder_layers(model)
-    if not 0 <= point.layer < len(layers):
-        raise FastsaeError(
-            f"layer: got {point.layer}, {type(model).__name__} has layers 0 to {len(layers) - 1}"
-        )
-    module, side = _in_layer(layers[point.layer], point)
+    module, side = _in_layer(model, point)
     return Place(module, side, _path_of(model, module))
 
 
-def _in_layer(layer: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
-    site = point.site
-    if site == "module":
+def _in_layer(model: nn.Module, point: HookPoint) -> tuple[nn.Module, str]:
+    layer, _ = places.site(model, point.layer, "resid_post")
+    if point.site == "module":
         return _by_path(layer, point.path), point.side
-    if site in ("resid_pre", "resid_post"):
-        return layer, SITES[site][2]
-    if site == "attn_z":
+    if point.site in places.POINTS:
+        return places.site(model, point.layer, point.site)
+    if point.site == "attn_z":
         return _child(_child(layer, _ATTENTION), _ATTENTION_END), "input"
-    if site == "mlp_post":
+    if point.site == "mlp_post":
         return _child(_child(layer, _MLP), _MLP_END), "input"
-    if site == "mlp_in":
-        return _child(layer, _MLP), "input"
-    # Gemma 2/3 and OLMo 2 normalise a branch before it is added: that is what the model adds.
-    both = hasattr(layer, "pre_feedforward_layernorm")
-    after = hasattr(layer, "post_feedforward_layernorm")
-    if site == "attn_out":
-        return (layer.post_attention_layernorm if after else _child(layer, _ATTENTION)), "output"
-    if site == "mlp_out":
-        return (layer.post_feedforward_layernorm if after else _child(layer, _MLP)), "output"
-    if getattr(layer, "use_parallel_residual", False) or getattr(layer, "parallel_attn", False):
-        raise FastsaeError(
-            f"hook: {site} does not exist in {type(layer).__name__}, which adds attention and MLP "
-            "to the same residual"
-        )
-    if both:
-        norm = layer.pre_feedforward_layernorm
-    elif after:  # OLMo 2: no norm before the MLP
-        if site == "mlp_normalized":
-            raise FastsaeError(f"hook: {type(layer).__name__} has no norm before its MLP")
-        return _child(layer, _MLP), "input"
-    else:
-        norm = _child(layer, ("ln_2", "post_attention_layernorm", "norm_2", "ffn_norm"))
-    return norm, "normalized" if site == "mlp_normalized" else "input"
+    module, side = places.site(model, point.layer, "resid_mid")
+    if point.site == "mlp_residual":
+        return module, side
+    if any(getattr(layer, name, None) is module for name in _MLP):
+        raise FastsaeError(f"hook: {type(layer).__name__} has no norm before its MLP")
+    return module, "normalized"
 
 
 def _by_path(layer: nn.Module, path: str) -> nn.Module:

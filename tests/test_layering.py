@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "ops": {"errors"},
     "models": {"errors"},
-    "hookpoints": {"errors", "models"},
+    "hookpoints": {"errors", "models", "places"},
     "places": {"errors", "models"},
     "sae": {"errors", "ops"},
     "formats": {"errors", "ops", "sae"},
