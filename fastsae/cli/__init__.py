@@ -6,18 +6,31 @@ import sys
 
 from fastsae import __version__
 from fastsae.cli.demo import add_demo
+from fastsae.cli.eval import add_eval, add_train_lens
 from fastsae.cli.explain import add_explain, add_search
 from fastsae.cli.generate import add_generate
 from fastsae.cli.inspect import add_env, add_inspect
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
-_COMMANDS = (add_demo, add_train, add_explain, add_search, add_generate, add_inspect, add_env)
+_COMMANDS = (
+    add_demo,
+    add_train,
+    add_train_lens,
+    add_explain,
+    add_search,
+    add_eval,
+    add_generate,
+    add_inspect,
+    add_env,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = list(argv)
     from fastsae.environment import keep_freed_memory
 
     keep_freed_memory()
