@@ -10,7 +10,17 @@ import torch
 import fastsae
 from fastsae.cli import main
 
-COMMANDS = ("demo", "train", "explain", "search", "generate", "inspect", "env")
+COMMANDS = (
+    "demo",
+    "train",
+    "train-lens",
+    "explain",
+    "search",
+    "eval",
+    "generate",
+    "inspect",
+    "env",
+)
 
 
 @pytest.fixture
