@@ -1,4 +1,4 @@
-"""The tuned lens: its gradient against autograd, what training gains, files, and what it refuses."""
+"""The tuned lens: its gradient against autograd, what training gains, files, what it refuses."""
 
 import pytest
 import torch
