@@ -25,6 +25,7 @@ from fastsae.sae import SAE
 LIFT = {"word": 5.0, "passage": 2.0}
 LEAST_OCCURRENCES = 2  # in the held-out text; rarer words are no evidence and count as wrong
 LEAST_ACTIVE = 20  # word occurrences on which a feature is active, in both texts, to be measured
+ONE_WORD, CROWDED = 0.1, 0.9  # what makes a discourse feature, see discourse_features
 _TILE = 1024
 _CONTEXTS, _CONTEXT_TOKENS = 20, 12
 _PROMPTS, _PROMPT_TOKENS = 8, 24
@@ -147,14 +148,14 @@ def discourse_features(counts: Observed, rows: Tensor) -> Tensor:
     """[S] bool: features of a topic or style rather than of certain words, by the fit text.
 
     The most frequent word among a feature's active word occurrences makes up at most a tenth of
-    them, and they crowd into at most half as many passages as they would fill at random.
+    them, and they crowd into at most nine tenths of the passages they would fill at random.
     """
     joint = counts.word.dense(rows).double()
     active = counts.word.feature[rows].double().clamp(min=1)
     cells = counts.passage.passages
     at_random = cells * (1 - (1 - 1 / cells) ** active)
-    crowded = counts.passage.feature[rows].double() <= at_random / 2
-    return (joint.amax(1) <= 0.1 * active) & crowded
+    crowded = counts.passage.feature[rows].double() <= CROWDED * at_random
+    return (joint.amax(1) <= ONE_WORD * active) & crowded
 
 
 def evaluate(
