@@ -28,7 +28,7 @@ $(VENV)/.build: $(VENV)/.torch $(CSRC)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.build
-	$(PIP) pytest ruff triton
+	$(PIP) pytest ruff triton snowballstemmer
 	@command -v nvcc >/dev/null || $(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
 		nvidia-cuda-runtime nvidia-cuda-cccl
 	@touch $@

@@ -13,8 +13,10 @@ from fastsae.cli import main
 COMMANDS = (
     "demo",
     "train",
+    "train-lens",
     "explain",
     "search",
+    "eval",
     "policy",
     "sweep",
     "generate",

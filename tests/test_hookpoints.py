@@ -174,7 +174,7 @@ def test_a_parallel_model_has_no_middle(model_of):
     total = found["resid_pre.1"] + found["attn_out.1"] + found["mlp_out.1"]
     torch.testing.assert_close(total, found["resid_post.1"])
     for site in ("resid_mid", "mlp_normalized", "mlp_residual"):
-        with pytest.raises(FastsaeError, match=f"{site} does not exist in GPTNeoXLayer"):
+        with pytest.raises(FastsaeError, match="GPTNeoXLayer has no resid_mid"):
             locate(model, f"{site}.1")
 
 

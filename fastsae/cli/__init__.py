@@ -8,6 +8,7 @@ from fastsae import __version__
 from fastsae.cli.checkpoint import add_convert, add_inspect
 from fastsae.cli.demo import add_demo
 from fastsae.cli.env import add_env
+from fastsae.cli.eval import add_eval, add_train_lens
 from fastsae.cli.explain import add_explain, add_search
 from fastsae.cli.generate import add_generate
 from fastsae.cli.policy import add_policy
@@ -18,8 +19,10 @@ from fastsae.errors import FastsaeError
 _COMMANDS = (
     add_demo,
     add_train,
+    add_train_lens,
     add_explain,
     add_search,
+    add_eval,
     add_policy,
     add_sweep,
     add_generate,
@@ -31,7 +34,9 @@ _COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = list(argv)
     from fastsae.environment import keep_freed_memory
 
     keep_freed_memory()

@@ -2,7 +2,15 @@
 
 import sys
 
-from fastsae.cli.arguments import command, load_model, model_arguments, print_json
+from fastsae.cli.arguments import (
+    command,
+    int_or_str,
+    load_model,
+    model_arguments,
+    print_json,
+    vocabulary,
+    vocabulary_arguments,
+)
 from fastsae.errors import FastsaeError
 
 
@@ -18,8 +26,19 @@ def add_explain(commands) -> None:
     parser.add_argument("sae", help="SAE folder or hub repository")
     parser.add_argument("--sae-id", help="folder inside the repository")
     parser.add_argument("--output", help="save all explanations here (.safetensors)")
-    parser.add_argument("--vocabulary", default="5000", help="size of the default list, or a file")
-    parser.add_argument("--objective", default="mi", choices=("mi", "pmi", "paper", "logit"))
+    vocabulary_arguments(parser)
+    parser.add_argument(
+        "--objective",
+        choices=("corpus-mi", "pmi", "mi", "logit", "paper"),
+        help="default: corpus-mi with --text or --counts, else pmi",
+    )
+    parser.add_argument("--text", nargs="+", help="texts to count words and features in")
+    parser.add_argument(
+        "--window", type=int_or_str, help="passages of the texts: word (default), document, tokens"
+    )
+    parser.add_argument("--counts", nargs="+", help="counts saved before, of parts of the texts")
+    parser.add_argument("--save-counts", help="save the counts of --text here (.safetensors)")
+    parser.add_argument("--lens", help="tuned lens of the SAE's layer, from fastsae train-lens")
     parser.add_argument(
         "--temperature", default="auto", help="auto (std of the logits) or a number"
     )
@@ -29,16 +48,25 @@ def add_explain(commands) -> None:
 
 
 def _run_explain(args) -> None:
-    from fastsae.explain import Vocabulary, explain
+    from fastsae.explain import CorpusCounts, TunedLens, explain
     from fastsae.sae import SAE
 
-    size = args.vocabulary
-    vocab = Vocabulary.default(int(size)) if size.isdecimal() else Vocabulary.from_file(size)
     temperature = _temperature(args.temperature)
     if args.top < 1:
         raise FastsaeError(f"top: got {args.top}, expected a positive integer")
+    if args.counts and (args.text or args.window is not None or args.save_counts):
+        raise FastsaeError("counts: --text, --window and --save-counts make counts; leave them out")
+    if not args.text and (args.window is not None or args.save_counts):
+        raise FastsaeError("text: --window and --save-counts need --text")
+    counts = None
+    if args.counts:
+        counts = CorpusCounts.merge([CorpusCounts.load(path) for path in args.counts])
+    vocab = vocabulary(args) if counts is None else counts.vocab
+    lens = TunedLens.load(args.lens) if args.lens else None
     sae = SAE.from_pretrained(args.sae, args.sae_id)
     model, tokenizer = load_model(args)
+    if args.text:
+        counts = _counts(args, sae.to(args.device), model, tokenizer, vocab)
     explanations = explain(
         sae,
         model,
@@ -47,6 +75,8 @@ def _run_explain(args) -> None:
         objective=args.objective,
         top=args.top,
         temperature=temperature,
+        counts=counts,
+        lens=lens,
     )
     if args.output:
         saved = explanations.save(args.output)
@@ -61,6 +91,18 @@ def _run_explain(args) -> None:
         return
     for row in rows:
         print(f"{row['feature']:7}  {', '.join(row['words'])}")
+
+
+def _counts(args, sae, model, tokenizer, vocab):
+    from fastsae.data import texts
+    from fastsae.explain import corpus_counts
+
+    window = args.window or "word"
+    counts = corpus_counts(sae, model, tokenizer, texts(args.text), vocab, (window,))[window]
+    print(f"counted {counts.passages:,} passages of {counts.tokens:,} tokens", file=sys.stderr)
+    if args.save_counts:
+        print(f"saved {counts.save(args.save_counts)}", file=sys.stderr)
+    return counts
 
 
 def _temperature(text: str) -> float | str:

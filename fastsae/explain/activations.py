@@ -43,6 +43,7 @@ class _Batch(NamedTuple):
     position: Tensor  # [E] int64
     slot: Tensor  # [E] int64, place in the list of chosen features
     value: Tensor  # [E] float32, > 0
+    documents: list[str]
 
 
 def top_activations(
@@ -254,6 +255,7 @@ def _batches(
                     where[:, 1],
                     slot[row, column].cpu(),
                     z.values[row, column].float().cpu(),
+                    documents,
                 )
             first += len(documents)
     finally:

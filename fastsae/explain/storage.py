@@ -35,6 +35,7 @@ def _metadata(ex: Explanations) -> dict:
             "words": ex.vocab.words,
             "frequencies": ex.vocab.frequencies,
         },
+        "made_with": ex.made_with,
         "stats_tokens": None if ex.stats is None else ex.stats.tokens,
     }
 
@@ -53,6 +54,7 @@ def _build(meta: dict, scores, indices, stats: dict | None) -> Explanations:
         meta["model_name"],
         SAEIdentity(**meta["sae"]),
         stats,
+        meta.get("made_with", {}),
     )
 
 
