@@ -141,6 +141,7 @@ def _temperature(run: "_Run", parts: MIParts) -> float:
         return {"within": within[None], "means": means}
 
     found = run.stage("spread", spread)
+    moments.clear()
     within = run.group.gather(found["within"], run.count)[:, 0].tolist()
     means = torch.cat(run.group.gather_rows(found["means"], run.rows)).tolist()
     centre = math.fsum(means) / len(means)

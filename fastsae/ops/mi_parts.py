@@ -41,7 +41,9 @@ class MIParts:
         on_cpu = self.device.type == "cpu"
         name = backends.choose("mi_topk", torch.empty(0, device=self.device)).name
         self.native = on_cpu and name == "native"
-        self._tiles = self._make_tiles() if self.native and native.isa() == "amx" else None
+        # Made when the first product is taken: `moments` needs its memory before.
+        self._tiles: Tensor | None = None
+        self._can_tile = self.native and native.isa() == "amx"
         self._dense: Tensor | None = None
         self._pool = ThreadPoolExecutor(max(1, torch.get_num_threads())) if on_cpu else None
 
@@ -62,15 +64,17 @@ class MIParts:
         gram = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         edges = range(0, self.width, 256)
         for begin, end in self._blocks():
-            block = self.words(begin, end).double() - mean
+            block = self.words(begin, end).double().sub_(mean)
 
             def add(i: int, block=block) -> None:  # the lower triangle
-                gram[i : i + 256, : i + 256].addmm_(
-                    block[:, i : i + 256].T, block[:, : i + 256].contiguous()
-                )
+                gram[i : i + 256, : i + 256].addmm_(block[:, i : i + 256].T, block[:, : i + 256])
 
             self._each(add, edges)
-        return mean, gram.tril_() + gram.tril(-1).T
+        for i in edges:
+            gram[:i, i : i + 256] = gram[i : i + 256, :i].T
+            square = gram[i : i + 256, i : i + 256]
+            square.copy_(square.tril() + square.tril(-1).T)
+        return mean, gram
 
     def spread(self, features: Tensor, mean: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
         """Σ_f Σ_v (L[f, v] - L[f, ·] mean)² [] and the means over v of L[f, ·] [n], float64."""
@@ -157,7 +161,10 @@ class MIParts:
         return tiles
 
     def _on_tiles(self, features: Tensor) -> bool:
-        return self._tiles is not None and native._splittable(features)
+        if self._can_tile and self._tiles is None:
+            self._tiles = self._make_tiles()
+            self._can_tile = self._tiles is not None
+        return self._can_tile and native._splittable(features)
 
     def _product(self, features: Tensor, scale: float, sums: list, logits: list) -> None:
         native._leaf._mi_product(features, self._tiles, self.count, 3, scale, sums, logits)
