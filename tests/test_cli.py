@@ -10,7 +10,10 @@ import torch
 import fastsae
 from fastsae.cli import main
 
-COMMANDS = ("demo", "train", "explain", "search", "generate", "inspect", "env")
+COMMANDS = (
+    *("demo", "train", "explain", "search", "label", "annotate", "export"),
+    *("generate", "inspect", "env"),
+)
 
 
 @pytest.fixture

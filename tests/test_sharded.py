@@ -114,8 +114,9 @@ def test_a_stopped_run_continues_from_its_files(sample, tmp_path, monkeypatch):
     monkeypatch.setattr(mi_parts.MIParts, "topk", original)
     calls = {"topk": 0, "columns": 0, "spread": 0}
     for name in calls:
+        real = getattr(mi_parts.MIParts, name)
 
-        def counted(self, *arguments, name=name, real=getattr(mi_parts.MIParts, name)):
+        def counted(self, *arguments, name=name, real=real):
             calls[name] += 1
             return real(self, *arguments)
 

@@ -6,13 +6,26 @@ import sys
 
 from fastsae import __version__
 from fastsae.cli.demo import add_demo
-from fastsae.cli.explain import add_explain, add_search
+from fastsae.cli.explain import add_explain
 from fastsae.cli.generate import add_generate
 from fastsae.cli.inspect import add_env, add_inspect
+from fastsae.cli.label import add_annotate, add_label
+from fastsae.cli.results import add_export, add_search
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
-_COMMANDS = (add_demo, add_train, add_explain, add_search, add_generate, add_inspect, add_env)
+_COMMANDS = (
+    add_demo,
+    add_train,
+    add_explain,
+    add_search,
+    add_label,
+    add_annotate,
+    add_export,
+    add_generate,
+    add_inspect,
+    add_env,
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,10 @@
-"""fastsae explain, fastsae search."""
+"""fastsae explain."""
 
+import functools
 import sys
 
 from fastsae.cli.arguments import command, load_model, model_arguments, print_json
+from fastsae.cli.results import after_explain, example_arguments
 from fastsae.errors import FastsaeError
 
 
@@ -25,6 +27,7 @@ def add_explain(commands) -> None:
     )
     parser.add_argument("--top", type=int, default=20, help="words kept per feature (default 20)")
     parser.add_argument("--features", type=int, nargs="+", help="print these features")
+    example_arguments(parser)
     model_arguments(parser)
 
 
@@ -39,6 +42,10 @@ def _run_explain(args) -> None:
         raise FastsaeError(f"top: got {args.top}, expected a positive integer")
     sae = SAE.from_pretrained(args.sae, args.sae_id)
     model, tokenizer = load_model(args)
+    if args.shards:
+        from fastsae.explain.sharded import explain_sharded
+
+        explain = functools.partial(explain_sharded, directory=args.shards, shard=args.shard)
     explanations = explain(
         sae,
         model,
@@ -51,6 +58,7 @@ def _run_explain(args) -> None:
     if args.output:
         saved = explanations.save(args.output)
         print(f"saved {saved}", file=sys.stderr)
+    after_explain(args, explanations, sae, model, tokenizer)
     shown = args.features if args.features is not None else range(min(10, sae.config.d_sae))
     rows = [
         {"feature": f, "words": explanations.words(f), "scores": explanations.scores_of(f)}
@@ -68,37 +76,3 @@ def _temperature(text: str) -> float | str:
         return text if text == "auto" else float(text)
     except ValueError:
         raise FastsaeError(f"temperature: got {text!r}, expected auto or a number") from None
-
-
-def add_search(commands) -> None:
-    parser = command(
-        commands,
-        "search",
-        _run_search,
-        "find features by words",
-        'fastsae search words.safetensors "music song" --top 5',
-        json_help="print [{feature, score, words}]",
-    )
-    parser.add_argument("explanations", help="what `fastsae explain --output` wrote")
-    parser.add_argument("query", help="one or more words of the vocabulary")
-    parser.add_argument("--top", type=int, default=10, help="features to list (default 10)")
-    parser.add_argument("--alive-only", action="store_true", help="leave out dead features")
-
-
-def _run_search(args) -> None:
-    from fastsae.explain import Explanations
-
-    explanations = Explanations.load(args.explanations)
-    rows = [
-        {"feature": feature, "score": score, "words": explanations.words(feature)}
-        for feature, score in explanations.search(
-            args.query, top=args.top, alive_only=args.alive_only
-        )
-    ]
-    if args.json:
-        print_json(rows)
-        return
-    for row in rows:
-        print(f"{row['feature']:7}  {row['score']:9.4f}  {', '.join(row['words'][:10])}")
-    if not rows:
-        print("no feature is explained by these words", file=sys.stderr)

@@ -63,7 +63,9 @@ def explain_sharded(
     if temperature != "auto" and not (
         isinstance(temperature, int | float) and 0 < temperature < math.inf
     ):
-        raise FastsaeError(f'temperature: got {temperature!r}, expected a positive number or "auto"')
+        raise FastsaeError(
+            f'temperature: got {temperature!r}, expected a positive number or "auto"'
+        )
     device = torch.device(sae.W_dec.device if device is None else device)
     run = _Run(sae, model, translator, device, shard, _Group(device))
 
@@ -177,9 +179,7 @@ class _Run:
 
     def vectors(self, number: int) -> Tensor:
         part = Decoder(self.sae.config, self.sae.W_dec[slice(*self.edges[number])], None)
-        return feature_vectors(
-            part, self.model, translator=self.translator, device=self.device
-        )
+        return feature_vectors(part, self.model, translator=self.translator, device=self.device)
 
     def stage(self, name: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, dict]:
         """{tensor name: {shard: tensor}} of this process's shards, from files where they exist."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae.ops import backend as backends
-from fastsae.ops import extension, native
+from fastsae.ops import native
 from fastsae.ops.reference import _score, _topk_tile, full_precision
 
 ROWS = 512  # features whose logits are in memory at once: 4 · ROWS · V bytes
@@ -25,7 +25,7 @@ class MIParts:
     """The two passes of `mi_topk` over one fixed set of V words.
 
     words: gives rows [begin, end) of the word vectors, float32 [end - begin, D] on `device`; asked
-    for block by block, so that tiles (6·V·D bytes) or one float32 copy (4·V·D) are all that is kept.
+    for block by block, so that tiles (6·V·D bytes) or a float32 copy (4·V·D) are all that is kept.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class MIParts:
 
     @property
     def arithmetic(self) -> str:
-        """What must be equal for equal bits: "amx", "avx512", ..., "reference cpu", a GPU's name."""
+        """What must be equal for equal bits: "amx", "avx2", ..., "reference cpu", a GPU's name."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return native.isa() if self.native else f"reference {self.device.type}"
@@ -209,7 +209,7 @@ class MIParts:
 
 
 def combine(parts: Tensor) -> Tensor:
-    """log Σ_f exp(L/T) [V] float32 from `MIParts.columns` of all shards [S, 2, V], in their order."""
+    """log Σ_f exp(L/T) [V] float32 from `MIParts.columns` of all shards [S, 2, V], in order."""
     maximum = parts[:, 0].amax(0)
     total = torch.zeros(parts.shape[2], dtype=torch.float64)
     for top, share in parts:
