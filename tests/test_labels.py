@@ -136,7 +136,7 @@ def test_errors_that_no_retry_mends(serve, waits):
     with pytest.raises(FastsaeError, match="status 404"):
         Endpoint(serve(404).url, "m").complete(ASK)
     assert waits == []
-    with pytest.raises(FastsaeError, match="no answer after 3 attempts.*status 500"):
+    with pytest.raises(FastsaeError, match=r"no answer after 3 attempts.*status 500"):
         Endpoint(serve(500, 500, 500).url, "m", retries=2).complete(ASK)
     assert waits == [1.0, 2.0]
     with pytest.raises(FastsaeError, match="no answer after 1 attempts"):

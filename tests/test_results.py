@@ -226,9 +226,7 @@ def test_the_page_in_a_browser(ex, examples, labels, tmp_path):
     cards, whole = dom("")
     assert cards.count("<article>") == 3 and ">3 features</div>" in whole
     assert cards.count("<svg") == 3 and cards.count("<rect") == 3
-    mark = re.search(
-        r'<i style="background: rgba?\(255, 190, 40[^"]*" title="2.5">([^<]*)</i>', cards
-    )
+    mark = re.search(r'<i (?=[^>]*rgba?\(255, 190, 40)[^>]*title="2.5"[^>]*>([^<]*)</i>', cards)
     assert mark[1] == " song"
     assert "S1 Violent Crimes" in cards and "active on 2.0 % of tokens" in cards
     cards, whole = dom("song")

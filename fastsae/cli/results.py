@@ -108,9 +108,7 @@ def example_arguments(parser) -> None:
     parser.add_argument("--text", nargs="+", help="texts to find examples in; kept beside --output")
     parser.add_argument("--examples", type=int, default=3, help="texts per feature (default 3)")
     parser.add_argument("--html", help="write a page to browse, with the examples, to this file")
-    parser.add_argument(
-        "--shards", help="folder for shards: a stopped run continues"
-    )
+    parser.add_argument("--shards", help="folder for shards: a stopped run continues")
     parser.add_argument("--shard", type=int, default=2048, help="features per shard (default 2048)")
 
 
