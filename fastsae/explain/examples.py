@@ -5,6 +5,7 @@ Kept beside the explanations as NAME.examples.jsonl: a header line, then a line 
 
 import json
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastsae.explain.storage import replacing
 FORMAT = "fastsae-examples"
 VERSION = 1
 BINS_PER_OCTAVE = 2
+_TEXT = re.compile(r'"text":"((?:[^"\\]|\\.)*)"')
 _LOWEST, _BINS = -40, 96  # histogram from 2^-20 to 2^28; what lies outside is in the outer bins
 
 
@@ -62,7 +64,10 @@ class Examples:
             self._starts.append(at)
             at = text.find("\n", at) + 1
         self._row = {feature: i for i, feature in enumerate(self.features)}
+        # For `find`: the texts in lower case, where each begins, and the row it belongs to.
         self._lower: str | None = None
+        self._pieces: list[int] = []
+        self._rows: list[int] = []
 
     def __contains__(self, feature: int) -> bool:
         return feature in self._row
@@ -82,24 +87,30 @@ class Examples:
         """Up to `limit` features with an example that holds all words, in file order; any case."""
         words = [word.lower() for word in words]
         longest, found, at = max(words, key=len), [], 0
-        while len(found) < limit and (at := self._lowered().find(longest, at)) >= 0:
-            row = bisect_right(self._starts, at) - 1
-            feature = self.features[row]
-            if any(all(_holds(e.text, w) for w in words) for e in self[feature].examples):
+        lower = self.index()._lower
+        while len(found) < limit and (at := lower.find(longest, at)) >= 0:
+            piece = bisect_right(self._pieces, at) - 1
+            feature = self.features[self._rows[piece]]
+            end = at + len(longest)
+            if not (_inside_word(lower, at) or lower[end].isalnum()) and (
+                any(all(_holds(e.text, w) for w in words) for e in self[feature].examples)
+            ):
                 found.append(feature)
-            at = self._lower.index("\n", at)
+                piece = bisect_right(self._rows, self._rows[piece]) - 1  # its last one
+                end = self._pieces[piece + 1] if piece + 1 < len(self._pieces) else len(lower)
+            at = end
         return found
-
-    def _lowered(self) -> str:
-        if self._lower is None:
-            self._lower = self._text.lower()
-            if len(self._lower) != len(self._text):  # "İ" becomes two characters
-                self._lower = "".join(c.lower() if len(c.lower()) == 1 else c for c in self._text)
-        return self._lower
 
     def index(self) -> "Examples":
         """Makes the first `find` as fast as the others; returns itself."""
-        self._lowered()
+        if self._lower is None:
+            parts, self._pieces, self._rows, length = [], [], [], 0
+            for match in _TEXT.finditer(self._text):
+                self._pieces.append(length)
+                self._rows.append(bisect_right(self._starts, match.start()) - 1)
+                parts.append(match[1].lower())
+                length += len(parts[-1]) + 1
+            self._lower = "\n".join(parts) + "\n"
         return self
 
     def save(self, path: str | Path) -> Path:
@@ -232,6 +243,12 @@ def _cut(entry: dict) -> Iterator[tuple]:
     starts = [0, *entry["ends"][:-1]]
     yield tuple(entry["text"][a:b] for a, b in zip(starts, entry["ends"], strict=True))
     yield tuple(entry["values"])
+
+
+def _inside_word(text: str, at: int) -> bool:
+    """Whether a letter stands before `at`; one that belongs to a JSON escape is none."""
+    escaped = text[max(0, at - 2) : at].startswith("\\") or "\\u" in text[max(0, at - 6) : at]
+    return at > 0 and text[at - 1].isalnum() and not escaped
 
 
 def _holds(text: str, word: str) -> bool:
