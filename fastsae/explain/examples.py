@@ -22,7 +22,7 @@ from fastsae.explain.storage import replacing
 FORMAT = "fastsae-examples"
 VERSION = 1
 BINS_PER_OCTAVE = 2
-_TEXT = re.compile(r'"text":"((?:[^"\\]|\\.)*)"')
+_TEXT = re.compile(r'"text": ?"((?:[^"\\]|\\.)*)"')
 _LOWEST, _BINS = -40, 96  # histogram from 2^-20 to 2^28; what lies outside is in the outer bins
 
 
