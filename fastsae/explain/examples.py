@@ -89,15 +89,21 @@ class Examples:
         longest, found, at = max(words, key=len), [], 0
         lower = self.index()._lower
         while len(found) < limit and (at := lower.find(longest, at)) >= 0:
-            piece = bisect_right(self._pieces, at) - 1
-            feature = self.features[self._rows[piece]]
             end = at + len(longest)
-            if not (_inside_word(lower, at) or lower[end].isalnum()) and (
-                any(all(_holds(e.text, w) for w in words) for e in self[feature].examples)
+            if _inside_word(lower, at) or lower[end].isalnum():
+                at = end
+                continue
+            piece = bisect_right(self._pieces, at) - 1
+            row = self._rows[piece]
+            text = lower[self._pieces[piece] : lower.index("\n", at)]
+            if all(word in text for word in words) and (
+                any(
+                    all(_holds(e.text, w) for w in words) for e in self[self.features[row]].examples
+                )
             ):
-                found.append(feature)
-                piece = bisect_right(self._rows, self._rows[piece]) - 1  # its last one
-                end = self._pieces[piece + 1] if piece + 1 < len(self._pieces) else len(lower)
+                found.append(self.features[row])
+                piece = bisect_right(self._rows, row)  # the next feature's first
+                end = self._pieces[piece] if piece < len(self._pieces) else len(lower)
             at = end
         return found
 
