@@ -51,7 +51,8 @@ def ngrams(
     behind the special tokens that the tokenizer puts first, that keeps the activation of its last
     token; the whole suffix of `longest` tokens where none does. 3. Each of its tokens but the last
     is replaced by the `substitutes` tokens that the model itself finds most probable there; where
-    the activation stays for all of them, the place is ANY. Leading ANYs are dropped.
+    the activation stays for all of them, the place is ANY; a leading ANY says that some token must
+    precede. A place whose activation no suffix keeps stays as it is, with its small `share`.
 
     keep: 0..1. Other arguments and errors as in `top_activations`. Returns {feature: [NGram, ...]},
     those of most texts first, then by activation; equal n-grams are merged (largest value). A
@@ -109,9 +110,9 @@ class _Pruner:
         fits = (values >= floor).nonzero()[:, 0]
         length = int(fits[0]) + 1 if len(fits) else len(ids)
         ids, value = ids[-length:], float(values[length - 1])
-        free = self._free(feature, ids, min(floor, value)) if length > 1 else []
-        while free and free[0]:  # a leading place that does not matter
-            ids, free = ids[1:], free[1:]
+        free = [False] * (length - 1)
+        if len(fits) and length > 1:
+            free = self._free(feature, ids, floor)
         names = [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
         return tuple(ANY if f else t for f, t in zip([*free, False], names, strict=True)), value
 
