@@ -9,9 +9,11 @@ from fastsae.cli.checkpoint import add_convert, add_inspect
 from fastsae.cli.demo import add_demo
 from fastsae.cli.env import add_env
 from fastsae.cli.eval import add_eval, add_train_lens
-from fastsae.cli.explain import add_explain, add_search
+from fastsae.cli.explain import add_explain
 from fastsae.cli.generate import add_generate
+from fastsae.cli.label import add_annotate, add_label
 from fastsae.cli.policy import add_policy
+from fastsae.cli.results import add_export, add_search
 from fastsae.cli.sweep import add_sweep
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
@@ -23,6 +25,9 @@ _COMMANDS = (
     add_explain,
     add_search,
     add_eval,
+    add_label,
+    add_annotate,
+    add_export,
     add_policy,
     add_sweep,
     add_generate,
