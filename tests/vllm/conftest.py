@@ -102,7 +102,7 @@ def expected(folder, tiny):
 
 
 @pytest.fixture(scope="session")
-def mixed(tiny):
+def crowd(tiny):
     """32 requests: 8 policies, several strengths and lengths, every fourth unsteered."""
     requests = []
     for i in range(32):

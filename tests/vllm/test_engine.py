@@ -4,8 +4,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def unsteered(mixed):
-    return [request | {"steering": None} for request in mixed]
+def unsteered(crowd):
+    return [request | {"steering": None} for request in crowd]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def contamination(tiny):
 
 
 @pytest.fixture(scope="module")
-def eager(run_engine, mixed, unsteered, contamination):
+def eager(run_engine, crowd, unsteered, contamination):
     p = {"name": "late", "operations": [{"op": "add", "features": [3], "strength": 1.0}]}
     too_far = {"name": "far", "operations": [{"op": "ablate", "features": [999]}]}
     commands = [
@@ -30,7 +30,7 @@ def eager(run_engine, mixed, unsteered, contamination):
         {"do": "delete", "policy": "late"},
         {"do": "load", "site": 7, "policy": p},
     ]
-    return run_engine([unsteered, mixed, *contamination], commands=commands, max_num_seqs=32)
+    return run_engine([unsteered, crowd, *contamination], commands=commands, max_num_seqs=32)
 
 
 def ran(result):
@@ -55,11 +55,11 @@ def test_unsteered_requests_are_those_of_plain_vllm(run_engine, eager, unsteered
     assert eager.outputs[3] == plain.outputs[1]
 
 
-def test_mixed_requests_are_those_of_the_hugging_face_adapter(eager, mixed, expected):
+def test_mixed_requests_are_those_of_the_hugging_face_adapter(eager, crowd, expected):
     tokens = ran(eager).outputs[1]
-    for i, request in enumerate(mixed):
+    for i, request in enumerate(crowd):
         assert tokens[i] == expected(request), f"request {i}, {request['steering']}"
-    changed = [tokens[i] != expected(r | {"steering": None}) for i, r in enumerate(mixed)]
+    changed = [tokens[i] != expected(r | {"steering": None}) for i, r in enumerate(crowd)]
     assert sum(changed) >= 18 and not any(changed[24:])
 
 
@@ -85,15 +85,15 @@ def test_nothing_is_left_when_requests_are_done(eager):
     assert status["workers"][0]["steered_rows"] > 0
 
 
-def test_compiled_engines_agree_with_plain_vllm_and_with_eager(run_engine, mixed, unsteered, eager):
+def test_compiled_engines_agree_with_plain_vllm_and_with_eager(run_engine, crowd, unsteered, eager):
     compiled = {"enforce_eager": False, "max_num_seqs": 32}
     plain = ran(run_engine([unsteered], steered=False, **compiled))
-    steered = ran(run_engine([unsteered, mixed], **compiled))
+    steered = ran(run_engine([unsteered, crowd], **compiled))
     assert steered.outputs[0] == plain.outputs[0]
     assert steered.outputs[1] == ran(eager).outputs[1]
 
 
-def test_chunks_preemption_and_a_full_table_change_nothing(run_engine, tiny, mixed, eager, expected):
+def test_chunks_preemption_and_a_full_table_change_nothing(run_engine, tiny, crowd, eager, expected):
     """10 cache blocks of 128 tokens for 8 rows that outgrow one each; two policies at a time."""
     long = [
         {"prompt": tiny.prompt(i, 110), "steering": {"policy": f"p{i % 8}@1"}, "tokens": 30}
@@ -101,7 +101,7 @@ def test_chunks_preemption_and_a_full_table_change_nothing(run_engine, tiny, mix
     ]
     result = ran(
         run_engine(
-            [mixed, long],
+            [crowd, long],
             settings={"max_policies": 4},
             max_num_batched_tokens=64,
             kv_cache_memory_bytes=10 << 18,
@@ -114,10 +114,10 @@ def test_chunks_preemption_and_a_full_table_change_nothing(run_engine, tiny, mix
     assert idle(result.status)
 
 
-def test_two_ranks_agree_with_one(run_engine, mixed, eager):
+def test_two_ranks_agree_with_one(run_engine, crowd, eager):
     result = ran(
         run_engine(
-            [mixed],
+            [crowd],
             tensor_parallel_size=2,
             max_num_batched_tokens=128,
             kv_cache_memory_bytes=16 << 20,
