@@ -43,7 +43,8 @@ DEPENDENCIES = {"torch", "numpy", "safetensors"}
 # Optional packages, inside functions of these files only ("" = the whole part).
 OPTIONAL = {
     "transformers": {"models.py", "demo/", "compat/", "serve/"},
-    "vllm": {"steering/vllm.py"},
+    "vllm": {"steering/vllm/"},
+    "fastapi": {"steering/vllm/admin.py"},
     "triton": {"environment.py"},
 }
 

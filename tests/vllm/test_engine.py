@@ -93,7 +93,9 @@ def test_compiled_engines_agree_with_plain_vllm_and_with_eager(run_engine, crowd
     assert steered.outputs[1] == ran(eager).outputs[1]
 
 
-def test_chunks_preemption_and_a_full_table_change_nothing(run_engine, tiny, crowd, eager, expected):
+def test_chunks_preemption_and_a_full_table_change_nothing(
+    run_engine, tiny, crowd, eager, expected
+):
     """10 cache blocks of 128 tokens for 8 rows that outgrow one each; two policies at a time."""
     long = [
         {"prompt": tiny.prompt(i, 110), "steering": {"policy": f"p{i % 8}@1"}, "tokens": 30}

@@ -54,7 +54,7 @@ class Endpoints:
 
     def _allowed(self, given: str) -> bool:
         sent = given.encode()
-        return any([hmac.compare_digest(sent, key.encode()) for key in self.keys])
+        return any(hmac.compare_digest(sent, key.encode()) for key in self.keys)
 
     async def status(self, request) -> dict:
         return await ask_engine(self.state, {"do": "status"})

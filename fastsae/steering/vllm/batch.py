@@ -43,7 +43,7 @@ def started(scheduler_output) -> list[Started]:
 
 
 def of_v1(runner, scheduler_output) -> BatchView:
-    """After `_update_states` of vllm.v1.worker.gpu_model_runner: the batch is in its final order."""
+    """After `_update_states` of vllm.v1.worker.gpu_model_runner, which has put rows in order."""
 
     def spans():
         batch, begin = runner.input_batch, 0

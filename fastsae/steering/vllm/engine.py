@@ -1,4 +1,4 @@
-"""In the engine's process: which policies there are, who may start, whose cache blocks are whose."""
+"""In the engine's process: which policies there are, who may start, who shares cache blocks."""
 
 import copy
 import json
@@ -144,9 +144,7 @@ class Gate:
     def __init__(self, scheduler, settings: Settings):
         c = settings.capacity
         self.scheduler = scheduler
-        self.ledgers = [
-            Ledger(c.max_policies, c.max_features, c.max_items) for _ in settings.sites
-        ]
+        self.ledgers = [Ledger(c.max_policies, c.max_features, c.max_items) for _ in settings.sites]
         self.admitted: dict[str, Loaded] = {}
         self.held: OrderedDict[str, object] = OrderedDict()
         self._add, self._free = scheduler.add_request, scheduler._free_request

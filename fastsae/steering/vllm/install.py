@@ -140,7 +140,7 @@ def _wrap_engine() -> None:
         if extra and KEY in extra:
             if self.fastsae is None:
                 raise FastsaeError(
-                    'steering: this server has no fastsae settings; start it with --additional-'
+                    "steering: this server has no fastsae settings; start it with --additional-"
                     'config \'{"fastsae": {"sites": [{"sae": …}]}}\''
                 )
             loaded = self.fastsae.resolve(request)

@@ -110,7 +110,7 @@ class SteeredLayer(nn.Module):
         operations = [part for part in parts if not isinstance(part, Policy)]
         if len(operations) > self.membership:
             raise FastsaeError(
-                f'membership: policy {policy.label} has {len(operations)} operations with active='
+                f"membership: policy {policy.label} has {len(operations)} operations with active="
                 f'"sae" on a top-k SAE, this server allows {self.membership}; set "membership" in '
                 'the fastsae settings, or use active="relu"'
             )

@@ -18,7 +18,7 @@ class Wish(NamedTuple):
 
     @classmethod
     def of(cls, given: Any, max_strength: float) -> "Wish":
-        """Checks everything but the name's existence; a mistake is a FastsaeError for the client."""
+        """Checks all but that the name exists; a mistake is a FastsaeError for the client."""
         if isinstance(given, str):
             try:
                 given = json.loads(given)

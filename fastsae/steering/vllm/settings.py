@@ -60,7 +60,7 @@ def from_config(additional_config: Any) -> Settings | None:
     given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
     if given is None:
         return None
-    fields = {name: value for name, value in _known("fastsae", given, _ALL).items()}
+    fields = _known("fastsae", given, _ALL)
     sites = fields.get("sites")
     if not isinstance(sites, list) or not sites:
         raise FastsaeError('fastsae.sites: expected a list such as [{"sae": "folder", "layer": 2}]')

@@ -140,7 +140,7 @@ def arm(runner, model) -> WorkerSteering | None:
         module.register_forward_hook(layer.hook)
         layers[site] = layer
     # vLLM's compile cache goes by this configuration and knows nothing of plugins.
-    vllm_config.additional_config[KEY]["graph"] = graph_digest(settings, layers, where)
+    vllm_config.additional_config["fastsae_graph"] = graph_digest(settings, layers, where)
     return WorkerSteering(settings, layers, where)
 
 
