@@ -1,4 +1,4 @@
-"""The buffers and the op on one layer, without vLLM: rows steered as by the Hugging Face adapter."""
+"""Buffers and op on one layer, without vLLM: rows steered as by the Hugging Face adapter."""
 
 import pytest
 import torch
@@ -135,14 +135,14 @@ def test_slots_are_counted_and_given_back(layer):
 
 def test_what_does_not_fit_is_refused_with_the_setting_to_change(sae, layer):
     two = Policy([fastsae.amplify(1, 1.0, active="sae"), fastsae.amplify(2, 1.0, active="sae")])
-    with pytest.raises(FastsaeError, match='membership: .* 2 operations .* allows 1; set "member'):
+    with pytest.raises(FastsaeError, match=r'membership: .* 2 operations .* allows 1; set "member'):
         layer.check(two)
     with pytest.raises(FastsaeError, match="at most 32"):
         layer.check(Policy(fastsae.amplify(range(33), 1.0, active="sae")))
     with pytest.raises(FastsaeError, match="features: 96 is out of range"):
         layer.check(Policy(fastsae.ablate(96)))
     small = SteeredLayer(sae, Capacity(max_features=4, max_operations=1), 0, TOKENS, "cpu")
-    with pytest.raises(FastsaeError, match="max_features: .* needs 5, the buffers hold 4"):
+    with pytest.raises(FastsaeError, match=r"max_features: .* needs 5, the buffers hold 4"):
         small.check(Policy(fastsae.ablate(range(5))))
     with pytest.raises(FastsaeError, match="max_operations"):
         small.check(Policy([fastsae.ablate(1), fastsae.ablate(2)]))

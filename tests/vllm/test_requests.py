@@ -1,17 +1,14 @@
 """The steering field, policies by name, what is in use, whose cache is whose, and the settings."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
 import fastsae
 from fastsae import FastsaeError, Policy
-from fastsae.models import Hook
 from fastsae.steering.table import Capacity
-from fastsae.steering.vllm import settings as config
 from fastsae.steering.vllm.engine import Gate
-from fastsae.steering.vllm.install import SURFACES, V2_SURFACES, problem
+from fastsae.steering.vllm.install import problem
 from fastsae.steering.vllm.requests import (
     Footprint,
     Ledger,
@@ -28,11 +25,9 @@ def loaded(name, version=None, feature=1, site=0):
     return Loaded(site, policy, Footprint(1, frozenset({(feature, False)}), 1))
 
 
-@pytest.mark.parametrize(
-    "given", ['{"policy": "a", "strength": 2}', {"policy": "a", "strength": 2}]
-)
-def test_a_wish_is_read_from_json_and_from_a_dictionary(given):
-    assert Wish.of(given, 10) == Wish("a", 2.0)
+def test_a_wish_is_read_from_json_and_from_a_dictionary():
+    assert Wish.of('{"policy": "a", "strength": 2}', 10) == Wish("a", 2.0)
+    assert Wish.of({"policy": "a"}, 10) == Wish("a", 1.0)
     assert Wish.of(Wish("a", 2.0).to_json(), 10) == Wish("a", 2.0)
 
 
@@ -224,24 +219,15 @@ def test_a_site_nobody_can_place_is_an_error():
         layer_after(SiteSettings("x", None, None, None), None)
     with pytest.raises(FastsaeError, match="embedding"):
         layer_after(SiteSettings("x", None, "layers.0.input", None), None)
-    assert Hook(0, "input").side == "input"
 
 
 def test_a_version_or_a_surface_that_is_not_the_tested_one_is_named():
     assert "this is 0.31.9" in problem("0.31.9", ())
-    assert "this is 0.34.0" in problem("0.34.0rc1", ()) or "0.34" in problem("0.34.0rc1", ())
+    assert "this is 0.34.0rc1" in problem("0.34.0rc1", ())
     assert problem("0.33.1", ()) is None
-    assert "no fastsae.steering.nowhere" in problem(
-        "0.32.0", (("fastsae.steering.nowhere", "", "f", ()),)
-    )
+    nowhere = ("fastsae.steering.nowhere", "", "f", ())
+    assert "no fastsae.steering.nowhere" in problem("0.32.0", (nowhere,))
     gone = ("fastsae.steering.policy", "Policy", "vanished", ())
     assert "Policy.vanished" in problem("0.32.0", (gone,))
     other = ("fastsae.steering.policy", "Policy", "from_file", ("path", "mode"))
     assert "takes no mode" in problem("0.32.0", (other,))
-    assert len(SURFACES) + len(V2_SURFACES) > 10
-
-
-def test_what_a_worker_gets_is_json(scheduler):
-    policy = loaded("a").policy
-    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
-    assert config.KEY == "fastsae"
