@@ -64,6 +64,11 @@ csv=${2:-benchmarks/results}/gpu-${1:-${gpu:-none}}.csv
 phase build 160 bash -c build
 phase tests 140 bash -c tests
 phase measure 165 "$python" -P benchmarks/ops.py --device cuda --budget 130 --out "$csv"
+# Not run yet on any machine: graph capture and the V2 runner of vLLM.
+serving() { "$python" -P benchmarks/vllm_load.py --compile --width 4096 --layers 16 --features 32768 --rounds 1 --out "$csv_vllm"; }
+export -f serving
+export csv_vllm=${csv%.csv}-vllm.csv
+if "$python" -c 'import vllm' 2>/dev/null; then phase serving 900 bash -c serving; fi
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

@@ -37,6 +37,7 @@ WITHOUT_MODELS = {"steering/policy.py", "steering/table.py"}
 LAZILY = {
     ("sae", "formats"): "from_pretrained and save_pretrained read and write the families",
     ("formats", "models"): "the two notations of a hook point",
+    ("steering", "serve"): "metrics and audit lines, the same in every server",
     ("ops", "_C"): "build information, when the extension is built",
 }
 DEPENDENCIES = {"torch", "numpy", "safetensors"}
@@ -45,6 +46,7 @@ OPTIONAL = {
     "transformers": {"models.py", "demo/", "compat/", "serve/"},
     "vllm": {"steering/vllm/"},
     "fastapi": {"steering/vllm/admin.py"},
+    "prometheus_client": {"serve/metrics.py"},
     "triton": {"environment.py"},
 }
 

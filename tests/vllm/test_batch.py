@@ -23,7 +23,7 @@ def steering():
     sae = fastsae.SAE(fastsae.SAEConfig(D, 32, k=4))
     layer = SteeredLayer(sae, Capacity(max_policies=4), 0, 24, "cpu")
     site = SiteSettings("folder", None, 1, None)
-    settings = Settings((site,), Capacity(), 0, False, 10.0, None)
+    settings = Settings((site,), Capacity(), 0, False, 10.0, None, None)
     return WorkerSteering(settings, {0: layer}, {0: 1})
 
 

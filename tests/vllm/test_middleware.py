@@ -10,7 +10,8 @@ from fastsae.steering.table import Capacity
 from fastsae.steering.vllm.middleware import SteeringMiddleware
 from fastsae.steering.vllm.settings import Settings
 
-STATUS = {"armed": True, "policies": [{"policy": "a@1", "name": "a"}]}
+ENTRY = {"policy": "a@1", "name": "a", "digest": "ab12", "site": 0}
+STATUS = {"armed": True, "policies": [ENTRY], "sites": [{"layer": 7}]}
 
 
 class Client:
@@ -23,7 +24,7 @@ class Client:
         return [json.dumps(self.status)]
 
 
-def post(body: bytes, *, path="/v1/completions", client=None, pieces=1, kind="http"):
+def post(body: bytes, *, path="/v1/completions", client=None, pieces=1, audit=None):
     """(status or None, body the application saw, content-length it saw, the client)."""
     seen, sent = {}, []
 
@@ -53,9 +54,9 @@ def post(body: bytes, *, path="/v1/completions", client=None, pieces=1, kind="ht
 
     client = client or Client()
     state = SimpleNamespace(engine_client=client)
-    settings = Settings((), Capacity(), 0, False, 10.0, None)
+    settings = Settings((), Capacity(), 0, False, 10.0, None, audit)
     headers = [(b"content-length", str(len(body)).encode())]
-    scope = {"type": kind, "method": "POST", "path": path, "headers": headers}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
     asyncio.run(SteeringMiddleware(application, settings, state)(scope, receive, send))
     return SimpleNamespace(
         status=sent[0]["status"],
@@ -110,3 +111,23 @@ def test_what_cannot_be_steered_never_reaches_the_application(fields, path):
 def test_an_engine_that_is_not_armed_is_a_503(status):
     seen = post(b'{"steering": {"policy": "a"}}', client=Client(status))
     assert seen.status == 503 and seen.body is None
+
+
+def test_every_steered_request_is_counted_and_recorded(tmp_path):
+    from prometheus_client import REGISTRY
+
+    def counted():
+        labels = {"policy": "a@1", "status": "200"}
+        return REGISTRY.get_sample_value("fastsae_requests_total", labels) or 0
+
+    before, log = counted(), tmp_path / "audit.jsonl"
+    body = b'{"prompt": "a secret", "steering": {"policy": "a", "strength": 2}}'
+    post(body, audit=str(log))
+    post(b'{"prompt": "x"}', audit=str(log))
+    post(body, audit=str(log))
+    assert counted() == before + 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == 2 and "secret" not in log.read_text()
+    wanted = {"policy": "a@1", "digest": "ab12", "layer": 7, "strength": 2.0, "status": 200}
+    assert wanted.items() <= lines[0].items()
+    assert lines[0]["request"] != lines[1]["request"]

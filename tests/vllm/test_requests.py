@@ -133,7 +133,7 @@ class Scheduler:
 @pytest.fixture
 def scheduler():
     scheduler = Scheduler()
-    settings = Settings((SiteSettings("x", None, 1, None),), Capacity(2), 0, False, 1.0, None)
+    settings = Settings((SiteSettings("x", None, 1, None),), Capacity(2), 0, False, 1.0, None, None)
     scheduler.gate = Gate(scheduler, settings)
     return scheduler
 
@@ -192,7 +192,7 @@ def test_settings_are_read_and_unknown_keys_refused():
 
 def test_admin_keys_come_from_a_file(tmp_path):
     (tmp_path / "keys").write_text("one\n\n two \n")
-    settings = Settings((), Capacity(), 0, False, 1.0, str(tmp_path / "keys"))
+    settings = Settings((), Capacity(), 0, False, 1.0, str(tmp_path / "keys"), None)
     assert settings.read_admin_keys() == ["one", "two"]
     with pytest.raises(FastsaeError, match="admin_keys"):
         settings._replace(admin_keys=str(tmp_path / "none")).read_admin_keys()

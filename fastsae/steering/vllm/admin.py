@@ -67,7 +67,7 @@ class Endpoints:
 
     async def delete(self, request) -> dict:
         asked = {"do": "delete", "policy": request.path_params["policy"]}
-        self.state.fastsae_known = (frozenset(), 0.0)
+        self.state.fastsae_known = ({}, 0.0)
         return await ask_engine(self.state, asked)
 
     async def _put(self, request, do: str) -> dict:

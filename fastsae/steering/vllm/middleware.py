@@ -4,8 +4,8 @@ vLLM accepts and ignores fields it does not know: without this, a client could b
 """
 
 import json
-import logging
 import time
+import uuid
 
 from fastsae.errors import FastsaeError
 from fastsae.steering.vllm.requests import Wish
@@ -14,7 +14,6 @@ from fastsae.steering.vllm.settings import KEY, Settings
 FIELD = "steering"
 ROUTES = ("/v1/chat/completions", "/v1/completions")
 TRUSTED_SECONDS = 1.0  # how long a list of policies is good: another server may have deleted one
-audit = logging.getLogger("fastsae.audit")
 
 
 class Refused(Exception):
@@ -31,7 +30,11 @@ class SteeringMiddleware:
     """
 
     def __init__(self, app, settings: Settings, app_state):
+        from fastsae.serve.audit import Audit
+        from fastsae.serve.metrics import shared
+
         self.app, self.settings, self.state = app, settings, app_state
+        self.audit, self.metrics = Audit(settings.audit), shared()
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["method"] != "POST":
@@ -41,7 +44,7 @@ class SteeringMiddleware:
         if b'"steering"' not in body and b'"fastsae"' not in body and b"\\u" not in body:
             return await self.app(scope, _replay(messages, receive), send)
         try:
-            body, wish = await self._take(scope, body)
+            body, wish, entry = await self._take(scope, body)
         except Refused as refused:
             return await _answer(send, refused.status, str(refused))
         if wish is None:
@@ -50,41 +53,48 @@ class SteeringMiddleware:
         headers.append((b"content-length", str(len(body)).encode()))
         scope = {**scope, "headers": headers}
         replay = _replay([{"type": "http.request", "body": body, "more_body": False}], receive)
-        began, status = time.perf_counter(), 0
+        began, first, status = time.perf_counter(), None, 0
 
         async def watched(message):
-            nonlocal status
+            nonlocal status, first
             status = message.get("status", status)
+            if first is None and message.get("body"):
+                first = time.perf_counter() - began
             await send(message)
 
         try:
             await self.app(scope, replay, watched)
-        finally:
-            line = {
-                "route": scope["path"],
-                "policy": wish.policy,
-                "strength": wish.strength,
-                "status": status,
-                "seconds": round(time.perf_counter() - began, 4),
-            }
-            audit.info(json.dumps(line))
+        finally:  # status 0: no answer began
+            seconds = time.perf_counter() - began
+            self.metrics.done(entry["policy"], status, first, seconds)
+            named = dict(scope["headers"]).get(b"x-request-id", b"").decode(errors="replace")
+            self.audit.record(
+                request=named or uuid.uuid4().hex,
+                route=scope["path"],
+                policy=entry["policy"],
+                digest=entry["digest"],
+                layer=entry["layer"],
+                strength=wish.strength,
+                status=status,
+                seconds=round(seconds, 4),
+            )
 
-    async def _take(self, scope, body: bytes) -> tuple[bytes, Wish | None]:
+    async def _take(self, scope, body: bytes) -> tuple[bytes, Wish | None, dict]:
         """The body with the wish moved to where the engine finds it; None: nothing to do."""
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError):
-            return body, None  # vLLM's own answer to what is not JSON
+            return body, None, {}  # vLLM's own answer to what is not JSON
         if not isinstance(fields, dict):
-            return body, None
+            return body, None, {}
         extra = fields.get("vllm_xargs")
         if isinstance(extra, dict) and KEY in extra:
             raise Refused(400, f'vllm_xargs.{KEY}: ask with the body field "{FIELD}"')
         if FIELD not in fields:
-            return body, None
+            return body, None, {}
         given = fields.pop(FIELD)
         if given is None:
-            return body, None
+            return body, None, {}
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in ROUTES:
             raise Refused(400, f"{FIELD}: {path} cannot be steered, only {' and '.join(ROUTES)}")
@@ -98,24 +108,29 @@ class SteeringMiddleware:
                 raise FastsaeError(f"{FIELD}: expected an object, got a text")
         except FastsaeError as error:
             raise Refused(400, str(error)) from error
-        await self._must_exist(wish)
+        entry = await self._must_exist(wish)
         fields["vllm_xargs"] = {**(extra or {}), KEY: wish.to_json()}
-        return json.dumps(fields).encode(), wish
+        return json.dumps(fields).encode(), wish, entry
 
-    async def _must_exist(self, wish: Wish) -> None:
-        known, until = getattr(self.state, "fastsae_known", (frozenset(), 0.0))
+    async def _must_exist(self, wish: Wish) -> dict:
+        """What the engine says of the policy; asked again when the answer is old or has no such."""
+        known, until = getattr(self.state, "fastsae_known", ({}, 0.0))
         if wish.policy in known and time.monotonic() < until:
-            return
+            return known[wish.policy]
         status = await ask_engine(self.state, {"do": "status"})
         if not status.get("armed"):
             raise Refused(503, "steering: the engine is not armed")
-        known = {entry[key] for entry in status["policies"] for key in ("policy", "name")}
+        entries = [e | {"layer": status["sites"][e["site"]]["layer"]} for e in status["policies"]]
+        # In the order of loading: a name alone is the version loaded last.
+        known = {entry["name"]: entry for entry in entries}
+        known |= {entry["policy"]: entry for entry in entries}
         self.state.fastsae_known = (known, time.monotonic() + TRUSTED_SECONDS)
         if wish.policy not in known:
-            labels = ", ".join(sorted(entry["policy"] for entry in status["policies"])) or "none"
+            labels = ", ".join(sorted(entry["policy"] for entry in entries)) or "none"
             raise Refused(
                 400, f"steering.policy: there is no policy {wish.policy!r}; loaded are {labels}"
             )
+        return known[wish.policy]
 
 
 async def ask_engine(state, asked: dict) -> dict:

@@ -40,6 +40,7 @@ class Settings(NamedTuple):
     first_token: bool
     max_strength: float
     admin_keys: str | None  # a file with a key per line
+    audit: str | None  # a file that gets a line per steered request
 
     def read_admin_keys(self) -> list[str]:
         if self.admin_keys is None:
@@ -52,7 +53,8 @@ class Settings(NamedTuple):
 
 
 _SITE = ("sae", "sae_id", "layer", "policies")
-_ALL = ("sites", *Capacity._fields, "membership", "first_token", "max_strength", "admin_keys")
+_ALL = ("sites", *Capacity._fields, "membership", "first_token", "max_strength")
+_ALL += ("admin_keys", "audit")
 
 
 def from_config(additional_config: Any) -> Settings | None:
@@ -80,6 +82,7 @@ def from_config(additional_config: Any) -> Settings | None:
         first_token,
         float(strongest),
         _text("fastsae.admin_keys", fields.get("admin_keys")),
+        _text("fastsae.audit", fields.get("audit")),
     )
 
 
