@@ -3,13 +3,14 @@
     python -P benchmarks/vllm_load.py [--model FOLDER] [--rounds 3] [--out FILE.csv]
         [--concurrency 1 8 32] [--requests 32] [--prompt 64] [--tokens 32] [--compile]
 
-Run it in the environment of `make test-vllm`, or on a GPU where vLLM is installed (there without
---eager graphs are captured, and the V2 runner serves; that part has not been run yet). Two engines
-cannot share a process or a machine fairly, so every round starts one without the plugin and one
-with it, and the second serves idle, steered and mixed load in turn:
+Run it in the environment of `make test-vllm`, or on a GPU where vLLM is installed (there --compile
+captures graphs, and the V2 runner serves; that part has not been run yet). One engine without the
+plugin and one with it are started, each in a process of its own, and take turns: in every round
+and at every concurrency, in an order that is turned round each time, they serve
 
-- vanilla: no plugin; the 1 of every ratio
-- idle: the plugin is armed, no request steers
+
+- vanilla: the engine without the plugin; the 1 of every ratio
+- idle: the other engine, its plugin armed, where no request steers
 - steered: every request has one of eight policies (amplify 8 features, every token)
 - mixed: every second request has
 
@@ -52,6 +53,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="compiled (on a GPU: graphs)")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--wait", action="store_true", help="measure when enter is pressed")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=("vanilla", "plugin"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -164,33 +166,57 @@ async def child(asked: argparse.Namespace) -> None:
         )
     )
     vocabulary = AutoConfig.from_pretrained(asked.model).get_text_config().vocab_size
-    loads = ("idle", "steered", "mixed") if plugin else ("vanilla",)
     await load(engine, 1 if plugin else 0, max(asked.concurrency), asked, vocabulary)  # warm up
-    for concurrency in asked.concurrency:
-        for name in loads:
-            numbers = await load(engine, LOADS[name], concurrency, asked, vocabulary)
-            print("ROW", json.dumps({"load": name, "concurrency": concurrency, **numbers}))
+    print("READY", flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        name, concurrency = line.split()
+        numbers = await load(engine, LOADS[name], int(concurrency), asked, vocabulary)
+        row = {"load": name, "concurrency": int(concurrency), **numbers}
+        print("ROW", json.dumps(row), flush=True)
     engine.shutdown()
 
 
 # --- rounds --------------------------------------------------------------------------------------
 
 
-def run_child(which: str, asked: argparse.Namespace, folder: Path) -> list[dict]:
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--child", which]
-    command += ["--folder", str(folder), "--concurrency", *map(str, asked.concurrency)]
-    for name in ("model", "sae", "layer", "requests", "prompt", "tokens", "dtype"):
-        value = getattr(asked, name)
-        command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
-    command += ["--compile"] if asked.compile else []
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    environment |= {"VLLM_PLUGINS": "" if which == "vanilla" else "fastsae"}
-    # Another folder than the repository: vLLM runs `python -m`, which would find kernels/ here.
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not rows:
-        raise SystemExit(f"the {which} engine gave no numbers:\n{done.stderr[-4000:]}")
-    return rows
+class Engine:
+    """A child process with an engine; `serve` gives it a load and returns its numbers."""
+
+    def __init__(self, which: str, asked: argparse.Namespace, folder: Path):
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), "--child", which]
+        command += ["--folder", str(folder), "--concurrency", *map(str, asked.concurrency)]
+        for name in ("model", "sae", "layer", "requests", "prompt", "tokens", "dtype"):
+            value = getattr(asked, name)
+            command += [f"--{name}", str(value.resolve() if isinstance(value, Path) else value)]
+        command += ["--compile"] if asked.compile else []
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        environment |= {"VLLM_PLUGINS": "" if which == "vanilla" else "fastsae"}
+        self.log = folder / f"{which}.log"
+        # Another folder than the repository: vLLM runs `python -m`, which would find kernels/ here.
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+        )
+
+    def answer(self, begins: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(begins):
+                return line.removeprefix(begins)
+        raise SystemExit(f"the engine ended:\n{self.log.read_text()[-4000:]}")
+
+    def serve(self, load: str, concurrency: int) -> dict:
+        self.process.stdin.write(f"{load} {concurrency}\n")
+        self.process.stdin.flush()
+        return json.loads(self.answer("ROW "))
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def summary(rows: list[dict], concurrency: list[int]) -> list[dict]:
@@ -218,11 +244,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(asked, folder)
+        engines = {which: Engine(which, asked, folder) for which in ("vanilla", "plugin")}
+        for engine in engines.values():
+            engine.answer("READY")
+        if asked.wait:
+            input("ready; press enter to measure ")
         rows = []
         for number in range(asked.rounds):
-            order = ("vanilla", "plugin") if number % 2 == 0 else ("plugin", "vanilla")
-            for which in order:
-                rows += run_child(which, asked, folder)
+            for concurrency in asked.concurrency:
+                for name in list(LOADS)[:: 1 if number % 2 == 0 else -1]:
+                    engine = engines["vanilla" if name == "vanilla" else "plugin"]
+                    rows.append(engine.serve(name, concurrency))
+        for engine in engines.values():
+            engine.stop()
     lines = summary(rows, asked.concurrency)
     print("load     conc " + " ".join(f"{m:>24}" for m in MEASURES))
     for line in lines:

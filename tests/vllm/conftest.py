@@ -16,6 +16,10 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 collect_ignore = [] if HAS_VLLM else ["test_engine.py", "test_server.py", "test_middleware.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-requests", type=int, default=1500, help="random requests to a server")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")

@@ -32,7 +32,9 @@ def main() -> None:
         ]
         done = llm.generate(prompts, params, use_tqdm=False)
         outputs.append([list(each.outputs[0].token_ids) for each in done])
-        counters.append({"cached": [each.num_cached_tokens for each in done]})
+        reasons = [each.outputs[0].finish_reason for each in done]
+        cached = [each.num_cached_tokens for each in done]
+        counters.append({"cached": cached, "reasons": reasons})
     result = {"outputs": outputs, "counters": counters}
     if job["settings"] is not None:
         result["answers"] = [ask(**command) for command in job.get("commands", [])]

@@ -30,7 +30,9 @@ def eager(run_engine, crowd, unsteered, contamination):
         {"do": "delete", "policy": "late"},
         {"do": "load", "site": 7, "policy": p},
     ]
-    return run_engine([unsteered, crowd, *contamination], commands=commands, max_num_seqs=32)
+    unknown = [unsteered[0], unsteered[1] | {"steering": {"policy": "nobody"}}]
+    batches = [unsteered, crowd, *contamination, unknown]
+    return run_engine(batches, commands=commands, max_num_seqs=32)
 
 
 def ran(result):
@@ -66,7 +68,7 @@ def test_mixed_requests_are_those_of_the_hugging_face_adapter(eager, crowd, expe
 def test_the_prefix_cache_is_shared_only_by_requests_steered_alike(eager, contamination, expected):
     for i, (request,) in enumerate(contamination):
         assert ran(eager).outputs[2 + i] == [expected(request)], f"{i}: {request['steering']}"
-    cached = [each["cached"][0] for each in eager.counters[2:]]
+    cached = [each["cached"][0] for each in eager.counters[2:8]]
     assert cached[:4] == [0, 0, 0, 0] and min(cached[4:]) >= 128
 
 
@@ -77,6 +79,11 @@ def test_policies_are_loaded_replaced_and_deleted(eager):
     assert "features: 999 is out of range" in far["error"]
     assert deleted == replaced and "no policy 'late'" in gone["error"]
     assert "site: got 7" in nowhere["error"]
+
+
+def test_a_policy_the_engine_does_not_know_fails_its_request_alone(eager):
+    assert ran(eager).outputs[-1] == [eager.outputs[0][0], []]
+    assert eager.counters[-1]["reasons"] == ["length", "error"]
 
 
 def test_nothing_is_left_when_requests_are_done(eager):

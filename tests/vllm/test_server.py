@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 
-REQUESTS = int(os.environ.get("FASTSAE_FUZZ_REQUESTS", "300"))
 KEY = {"X-Fastsae-Key": "a-second-key"}
 
 
@@ -211,8 +210,9 @@ def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
     assert generate().status == 400
 
 
-def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected):
+def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected, request):
     """Steered, unsteered, malformed and cancelled requests at random, eight at a time."""
+    requests = request.config.getoption("--fuzz-requests")
     dice = random.Random(0)
     kinds = []
     for _ in range(12):  # a wrong policy would show: each kind's tokens are known
@@ -236,7 +236,7 @@ def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected):
     ]
     plan = [
         (dice.choices(["good", "bad", "cancel"], [8, 2, 1])[0], dice.randrange(1 << 30))
-        for _ in range(REQUESTS)
+        for _ in range(requests)
     ]
     url = f"{server.url}/v1/completions"
 
@@ -258,7 +258,7 @@ def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected):
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         complaints = [text for text in pool.map(one, plan) if text]
-    assert not complaints, f"{len(complaints)} of {REQUESTS}: {complaints[:5]}"
+    assert not complaints, f"{len(complaints)} of {requests}: {complaints[:5]}"
     wait_until_idle(server)
 
 
