@@ -1,5 +1,8 @@
 """Real engines on the CPU: unsteered requests as in plain vLLM, steered ones as in Hugging Face."""
 
+import subprocess
+import sys
+
 import pytest
 
 
@@ -147,3 +150,72 @@ def test_two_ranks_agree_with_one(run_engine, crowd, eager):
 def test_what_cannot_be_steered_stops_the_start(run_engine, settings, reason):
     result = run_engine([], settings=settings)
     assert result.failed and reason in result.log
+
+
+SURFACES = """
+import dataclasses, json, vllm
+from fastsae.steering.vllm import register
+from fastsae.steering.vllm.install import V2_SURFACES, problem
+print("BEFORE", problem(vllm.__version__), problem(vllm.__version__, V2_SURFACES))
+register()
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+wrapped = EngineCore.collective_rpc, GPUModelRunner.prepare_inputs
+register()
+print("AGAIN", wrapped == (EngineCore.collective_rpc, GPUModelRunner.prepare_inputs))
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.worker.gpu.input_batch import InputBatch
+fields = [{field.name for field in dataclasses.fields(kind)}
+          for kind in (InputBatch, NewRequestData, SchedulerOutput)]
+print("V2", fields[0] >= {"req_ids", "query_start_loc_np", "num_computed_tokens_np"},
+      fields[1] >= {"req_id", "sampling_params", "prompt_token_ids", "prompt_embeds"},
+      fields[2] >= {"scheduled_new_reqs", "finished_req_ids", "preempted_req_ids"})
+"""
+
+
+REFUSED = """
+import vllm
+vllm.__version__ = {version!r}
+from fastsae.steering.vllm import register
+register()
+from vllm.config import VllmConfig
+VllmConfig()
+try:
+    VllmConfig(additional_config={{"fastsae": {settings}}})
+except Exception as error:
+    print("REFUSED", error)
+"""
+
+
+@pytest.mark.parametrize(
+    "version, settings, reason",
+    [
+        ("0.99.0", {"sites": [{"sae": "x"}]}, "fastsae steers vLLM >= 0.32, < 0.34; this is 0.99"),
+        ("0.32.0", {"sites": [{"sae": "x", "layr": 3}]}, "unknown key 'layr'"),
+    ],
+)
+def test_another_version_serves_until_it_is_asked_to_steer(
+    environment, tmp_path, version, settings, reason
+):
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", REFUSED.format(version=version, settings=settings)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "REFUSED" in done.stdout and reason in done.stdout, done.stderr
+
+
+def test_both_runners_have_what_the_plugin_wraps_and_are_wrapped_once(environment, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SURFACES],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.split(" ")[0].isupper()]
+    assert lines == ["BEFORE None None", "AGAIN True", "V2 True True True"], done.stderr

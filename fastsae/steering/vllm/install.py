@@ -73,24 +73,26 @@ def install() -> None:
         return
     VllmConfig._fastsae = True
     why = problem(vllm.__version__)
+    _check_settings(VllmConfig, why, problem(vllm.__version__, V2_SURFACES) if not why else None)
     if why is not None:
-        _refuse(VllmConfig, why)
         return
     _wrap_engine()
     _wrap_workers()
     _wrap_server()
 
 
-def _refuse(vllm_config, why: str) -> None:
-    original = vllm_config.__post_init__
+def _check_settings(vllm_config, why: str | None, why_v2: str | None) -> None:
+    """Mistakes in the settings, and what stands against steering here, stop the start."""
 
-    @functools.wraps(original)
-    def checked(self, *args, **kwargs):
+    @_wrap(vllm_config, "__post_init__")
+    def _(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if config.from_config(self.additional_config) is not None:
+        if config.from_config(self.additional_config) is None:
+            return
+        if why is not None:
             raise FastsaeError(why)
-
-    vllm_config.__post_init__ = checked
+        if why_v2 is not None and getattr(self, "use_v2_model_runner", False):
+            raise FastsaeError(f"{why_v2}; or start with VLLM_USE_V2_MODEL_RUNNER=0")
 
 
 def _wrap(owner, name: str):
@@ -190,12 +192,8 @@ def _wrap_v2() -> None:
     """The V2 runner needs Triton to be imported; where it is unusable there is nothing to wrap."""
     import vllm
 
-    why = problem(vllm.__version__, V2_SURFACES)
-    if why is not None:
-        from vllm.config import VllmConfig
-
-        _refuse_v2(VllmConfig, why)
-        return
+    if problem(vllm.__version__, V2_SURFACES) is not None:
+        return  # a configuration that asks for it does not start
     v2 = importlib.import_module(V2).GPUModelRunner
     _arm_after_loading(v2)
     _clear_in_dummy_runs(v2)
@@ -213,19 +211,6 @@ def _wrap_v2() -> None:
         if self._fastsae is not None:
             self._fastsae.begin(batch.of_v2(scheduler_output, prepared))
         return prepared
-
-
-def _refuse_v2(vllm_config, why: str) -> None:
-    original = vllm_config.__post_init__
-
-    @functools.wraps(original)
-    def checked(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        asked = config.from_config(self.additional_config) is not None
-        if asked and getattr(self, "use_v2_model_runner", False):
-            raise FastsaeError(f"{why}; or start with VLLM_USE_V2_MODEL_RUNNER=0")
-
-    vllm_config.__post_init__ = checked
 
 
 def _arm_after_loading(runner) -> None:
