@@ -46,7 +46,9 @@ def start(folder, tiny, environment, tmp_path_factory):
         for name, value in arguments.items():
             flag = "--" + name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
-        settings = tiny.settings(folder, admin_keys=str(elsewhere / "keys"), max_policies=6)
+        audit = elsewhere / f"{port}.jsonl"
+        more = {"admin_keys": str(elsewhere / "keys"), "audit": str(audit), "max_policies": 6}
+        settings = tiny.settings(folder, **more)
         flags += ["--additional-config", json.dumps(settings)]
         log = (elsewhere / f"{port}.log").open("w+")
         process = subprocess.Popen(
@@ -58,7 +60,7 @@ def start(folder, tiny, environment, tmp_path_factory):
             start_new_session=True,
         )
         url = f"http://127.0.0.1:{port}"
-        server = SimpleNamespace(process=process, url=url, log=log.name)
+        server = SimpleNamespace(process=process, url=url, audit=audit)
         try:
             for _ in range(240):
                 assert process.poll() is None, open(log.name).read()[-6000:]
@@ -208,6 +210,21 @@ def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
     assert [call(url, body, method="POST", headers=KEY).status for body in bad] == [400] * 5
     assert call(f"{url}/new", method="DELETE", headers=KEY).status == 200
     assert generate().status == 400
+
+
+def test_metrics_and_the_audit_log_tell_of_steered_requests_only(server, crowd):
+    def counted():
+        lines = call(f"{server.url}/metrics").text.splitlines()
+        name = 'fastsae_requests_total{policy="p2@1",status="200"}'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before, size = counted(), len(server.audit.read_text().splitlines())
+    for request in (crowd[2], crowd[30]):
+        call(f"{server.url}/v1/completions", completion(server, request))
+    assert counted() == before + 1
+    (line,) = server.audit.read_text().splitlines()[size:]
+    recorded = json.loads(line)
+    assert recorded["policy"] == "p2@1" and recorded["layer"] == 2 and recorded["status"] == 200
 
 
 def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected, request):
