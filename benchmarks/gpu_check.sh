@@ -104,6 +104,11 @@ phase measure 145 bash -c measure
 # What is left of nine minutes, and no result hangs on it being long.
 left=$((530 - SECONDS))
 [ $left -gt 20 ] && phase sanitize $((left < 90 ? left : 90)) bash -c sanitize
+# Not run yet on any machine: graph capture and the V2 runner of vLLM.
+serving() { "$python" -P benchmarks/vllm_load.py --compile --width 4096 --layers 16 --features 32768 --rounds 1 --out "$csv_vllm"; }
+export -f serving
+export csv_vllm=${csv%.csv}-vllm.csv
+if "$python" -c 'import vllm' 2>/dev/null; then phase serving 900 bash -c serving; fi
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

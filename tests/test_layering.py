@@ -39,13 +39,16 @@ WITHOUT_MODELS = {"steering/policy.py", "steering/table.py"}
 LAZILY = {
     ("sae", "formats"): "from_pretrained and save_pretrained read and write the families",
     ("formats", "hookpoints"): "the notations of a hook point, when one is written or shown",
+    ("steering", "serve"): "metrics and audit lines, the same in every server",
     ("ops", "_C"): "build information, when the extension is built",
 }
 DEPENDENCIES = {"torch", "numpy", "safetensors"}
 # Optional packages, inside functions of these files only ("" = the whole part).
 OPTIONAL = {
     "transformers": {"models.py", "demo/", "compat/", "serve/"},
-    "vllm": {"steering/vllm.py"},
+    "vllm": {"steering/vllm/"},
+    "fastapi": {"steering/vllm/admin.py"},
+    "prometheus_client": {"serve/metrics.py"},
     "triton": {"environment.py"},
 }
 
@@ -164,7 +167,9 @@ def test_kernels_import_torch_and_triton_only():
 
 def test_kernels_are_reached_through_the_backend_only():
     assert [str(f) for f in IMPORTS if internal(f) == "kernels" and f.part != "kernels"] == []
-    by_name = [p for p in PACKAGE.rglob("*.py") if "import_module(" in p.read_text("utf-8")]
+    by_name = [
+        p for p in PACKAGE.rglob("*.py") if 'import_module(f"fastsae.kernels' in p.read_text()
+    ]
     assert [str(p.relative_to(PACKAGE)) for p in by_name] == ["ops/backend.py"]
 
 

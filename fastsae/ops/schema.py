@@ -9,7 +9,7 @@ leading dimensions.
 import torch
 from torch import Tensor
 
-from fastsae.ops import backend, csr
+from fastsae.ops import backend, csr, residual
 from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
@@ -31,6 +31,8 @@ for schema in (
     "mi_topk(Tensor features, Tensor words, int top, str objective, float temperature, str backend)"
     " -> (Tensor scores, Tensor indices)",
     "steer(Tensor x, Tensor slots, Tensor strengths, Tensor[] table, str backend) -> Tensor",
+    "steer_residual_(Tensor(a!) hidden, Tensor(b!)? residual, Tensor active, Tensor slots,"
+    " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k) -> ()",
 ):
     lib.define(schema)
 
@@ -120,6 +122,7 @@ for name, function in (
     ("sparse_outer", _sparse_outer),
     ("mi_topk", _mi_topk),
     ("steer", _steer),
+    ("steer_residual_", residual.steer_residual),  # where to steer; `steer` chooses the backend
 ):
     lib.impl(name, function, "CPU")
     lib.impl(name, function, "CUDA")
@@ -204,6 +207,11 @@ def _(features, words, top, objective, temperature, backend):
 @_fake("steer")
 def _(x, slots, strengths, table, backend):
     return torch.empty_like(x)
+
+
+@_fake("steer_residual_")
+def _(hidden, residual, active, slots, strengths, table, stages, members, k):
+    return None
 
 
 # --- gradients: every differentiable input of every differentiable output ----------------------
