@@ -1,11 +1,15 @@
-"""Compiles every GPU kernel ahead of time, on any machine, and fails on a register spill.
+"""Compiles every GPU kernel ahead of time, on any machine; fails on local memory or wrong code.
 
     python -P benchmarks/gpu_compile.py [--arch 80 90 100] [--only decode topk] [--csv FILE]
 
 Triton kernels: the cases of every `AOT` list in kernels/, for sm_80, sm_90 and sm_100, with the
-divisibility attributes that a launch would infer; registers and stack are read from the machine
-code with the cuobjdump and nvdisasm that the triton package ships. CUDA C++: every csrc/*.cu with
-nvcc for sm_80 and sm_90a. No GPU and no CUDA torch is needed.
+divisibility attributes that a launch would infer; registers and local memory are read from the
+machine code with the cuobjdump and nvdisasm that the triton package ships. CUDA C++: every
+csrc/*.cu with nvcc for sm_80 and sm_90a. No GPU and no CUDA torch is needed.
+
+A case may say what its code must hold: {"sm_90": ("wgmma", "LDG.E.128|LDG.E.EF.128", "!atom")}
+lists texts of which each must occur in the PTX or the SASS ("|" separates alternatives; "!": must
+not occur). In a .cu file the same is a comment, `// expect sm_90a kernel: text, text`.
 """
 
 import argparse
@@ -48,6 +52,17 @@ def spills(disassembly: str) -> int:
     return len(re.findall(r"\b(?:STL|LDL)\b", disassembly))
 
 
+def unmet(expected: tuple[str, ...], code: str) -> list[str]:
+    """The texts of `expected` that `code` does not bear out."""
+    if isinstance(expected, str):
+        raise TypeError(f"expectations: got the text {expected!r}, expected a tuple of texts")
+    found = {}
+    for text in expected:
+        present = any(choice in code for choice in text.removeprefix("!").split("|"))
+        found[text] = present != text.startswith("!")
+    return [text for text, holds in found.items() if not holds]
+
+
 def resources(usage: str) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL of the one kernel in `cuobjdump --dump-resource-usage` output."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
@@ -80,7 +95,7 @@ def compile_triton(stem: str, number: int, arch: int) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constexprs, options = cases(stem)[number]
+    kernel, signature, constexprs, options, *expected = cases(stem)[number]
     types = dict.fromkeys(constexprs, "constexpr")
     attributes = {}
     for name, declared in signature.items():
@@ -99,8 +114,10 @@ def compile_triton(stem: str, number: int, arch: int) -> dict:
         file.write(compiled.asm["cubin"])
         file.flush()
         used = resources(_run(_tool("cuobjdump"), "--dump-resource-usage", file.name))
-        # A stack frame is legal without spills (an alignment slot), so the instructions decide.
-        local = spills(_run(_tool("nvdisasm"), file.name)) if used["stack"] or used["local"] else 0
+        sass = _run(_tool("nvdisasm"), file.name)
+    # A stack frame is legal without spills (an alignment slot), so the instructions decide.
+    local = max(spills(sass), used["local"])
+    wanted = expected[0].get(f"sm_{arch}", ()) if expected else ()
     pointers = sorted({t[1:] for t in types.values() if t.startswith("*")})
     shape = " ".join(f"{k}={v}" for k, v in constexprs.items())
     return {
@@ -111,6 +128,7 @@ def compile_triton(stem: str, number: int, arch: int) -> dict:
         "shared_bytes": compiled.metadata.shared,
         "spills": local,
         "seconds": round(seconds, 1),
+        "unmet": unmet(wanted, compiled.asm["ptx"] + sass),
     }
 
 
@@ -130,18 +148,41 @@ def compile_cuda(source: Path, arch: str, nvcc: str) -> list[dict]:
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-c", str(source), "-o", f"{folder}/out.o", "-O3", "-std=c++20"]
+        cubin = f"{folder}/out.cubin"
+        command = [nvcc, "-cubin", str(source), "-o", cubin, "-O3", "-std=c++20"]
         command += ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-Xptxas", "-v"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT / 'csrc'}"]
         command += [f"-I{path}" for path in (*include_paths(), *_wheel_includes(nvcc))]
         result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        if result.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+        code = functions(_run(_tool("nvdisasm"), cubin))
     seconds = round(time.perf_counter() - started, 1)
     rows = parse_ptxas(result.stdout + result.stderr)
     names = _demangle([row["kernel"] for row in rows])
-    extra = {"case": source.name, "arch": f"sm_{arch}", "seconds": seconds}
-    return [{**row, "kernel": name, **extra} for row, name in zip(rows, names, strict=True)]
+    wanted = expectations(source.read_text(), f"sm_{arch}")
+    for row, name in zip(rows, names, strict=True):
+        sass = code[row["kernel"]]
+        mine = [texts for kernel, texts in wanted.items() if kernel in row["kernel"]]
+        row["spills"] = max(row["spills"], spills(sass))
+        row |= {"kernel": name, "case": source.name, "arch": f"sm_{arch}", "seconds": seconds}
+        row["unmet"] = unmet(sum(mine, ()), sass)
+    missing = [kernel for kernel in wanted if not any(kernel in row for row in code)]
+    if missing:
+        raise RuntimeError(f"{source.name} expects something of {missing}, which it does not hold")
+    return rows
+
+
+def functions(disassembly: str) -> dict[str, str]:
+    """{mangled name: SASS} of the kernels in nvdisasm's output for a cubin."""
+    parts = re.split(r"^\s*\.section\s+\.text\.([^,\s]+)", disassembly, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def expectations(source: str, arch: str) -> dict[str, tuple[str, ...]]:
+    """{part of a kernel's name: texts} from the comments `// expect ARCH NAME: text, text`."""
+    lines = re.findall(rf"^// expect {arch} (\w+): (.+)$", source, re.M)
+    return {name: tuple(text.strip() for text in texts.split(",")) for name, texts in lines}
 
 
 def parse_ptxas(log: str) -> list[dict]:
@@ -216,17 +257,21 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             rows += result if isinstance(result, list) else [result]
     report(rows, options.csv)
-    failures += [
-        f"{r['kernel']} ({r['case']}, {r['arch']}): {r['spills']} spills"
-        for r in rows
-        if r["spills"]
-    ]
+    for r in rows:
+        where = f"{r['kernel']} ({r['case']}, {r['arch']})"
+        if r["spills"]:
+            failures.append(f"{where}: {r['spills']} accesses to local memory")
+        failures += [f"{where}: {_said(text)} in its code" for text in r["unmet"]]
     if not rows:
         failures.append("nothing was compiled: no case matches the options")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, {len(failures)} failures")
     return 1 if failures else 0
+
+
+def _said(text: str) -> str:
+    return f"{text[1:]!r} occurs" if text.startswith("!") else f"no {text!r}"
 
 
 def report(rows: list[dict], path: Path | None) -> None:
@@ -238,7 +283,8 @@ def report(rows: list[dict], path: Path | None) -> None:
         )
     if path is not None:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["kernel"])
+            names = [name for name in rows[0] if name != "unmet"] if rows else ["kernel"]
+            writer = csv.DictWriter(file, fieldnames=names, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -69,7 +69,7 @@ def cpu_cases(quick: bool) -> list[tuple]:
 def cuda_cases(quick: bool) -> list[tuple]:
     sizes = (1, 64, 1024) if quick else (1, 16, 64, 4096, 16384)
     many, sae = sizes[-1], (GPU_D, GPU_F, GPU_K)
-    cases = [(roofline_case, (what,)) for what in ("copy", "mm bfloat16")]
+    cases = [(roofline_case, (what,)) for what in ("read", "copy", "mm bfloat16")]
     cases += [(topk_case, (n, GPU_F, GPU_K, BF16)) for n in (1, 64, many)]
     cases += [(topk_case, (many, GPU_F, 256, BF16)), (topk_case, (1024, GPU_F, 1024, F32))]
     cases += [(encode_topk_case, (n, *sae, BF16)) for n in sizes]
@@ -78,7 +78,8 @@ def cuda_cases(quick: bool) -> list[tuple]:
     cases += [(decode_case, (n, *sae, BF16)) for n in sizes if n != 16]
     cases += [(decode_case, (min(many, 4096), *sae, F32))]
     cases += [(maker, (many, *sae, BF16)) for maker in (gather_dot_case, sparse_outer_case)]
-    cases += [(mi_topk_case, (8192 if quick else 65536, 5000, GPU_D))]
+    words = (8192 if quick else 65536, 5000, GPU_D, 20)
+    cases += [(mi_topk_case, (*words, dtype)) for dtype in (BF16, F32)]
     cases += [(steer_case, (n, GPU_D, items, BF16)) for n in (1, 64) for items in (4, 64)]
     return [*cases, (steer_case, (64, GPU_D, 64, BF16, True))]
 

@@ -142,9 +142,11 @@ class TrainingStart:
 
         return step
 
-    def sparsify(self) -> Callable[[Tensor], Tensor]:
+    def sparsify(self, change: Callable | None = None) -> Callable[[Tensor], Tensor]:
+        """`change` is applied to the SparseCoder before its first step."""
         w = self.copies()
         sae = _sparsify(w["W_enc"], w["b_enc"], w["W_dec"], w["b_dec"], self.k)
+        sae = change(sae) if change else sae
         adam = torch.optim.Adam(sae.parameters(), lr=self.plan.lr, fused=True)
 
         def step(x: Tensor) -> Tensor:  # the order of sparsify's Trainer
@@ -159,7 +161,8 @@ class TrainingStart:
 
         return step
 
-    def saelens(self) -> Callable[[Tensor], Tensor]:
+    def saelens(self, change: Callable | None = None) -> Callable[[Tensor], Tensor]:
+        """`change` is applied to the SAE, which then has dense codes, before its first step."""
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         from sae_lens.saes.sae import TrainStepInput
 
@@ -170,10 +173,12 @@ class TrainingStart:
             k=self.k,
             aux_loss_coefficient=AUX_COEFFICIENT,
             rescale_acts_by_decoder_norm=False,
-            use_sparse_activations=True,  # what it recommends for float32 and small k
+            # COO codes are what it recommends for float32 and small k.
+            use_sparse_activations=change is None,
         )
         w = self.copies()
         sae = _load(TopKTrainingSAE(config), **w | {"W_enc": w["W_enc"].T.contiguous()})
+        sae = change(sae) if change else sae
         adam = torch.optim.Adam(sae.parameters(), lr=self.plan.lr, fused=True)
 
         def step(x: Tensor) -> Tensor:

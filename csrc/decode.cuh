@@ -1,6 +1,5 @@
-// Sparse decode on CUDA: gathers the K weight rows a token uses and adds them up in fp32. No
-// atomics; the terms of a column are added in the order of the entries, so results repeat bit for
-// bit.
+// Sparse decode on CUDA: gathers the K weight rows a token uses and adds them up in fp32, in the
+// order of the entries: no atomics, and a row's bits depend on nothing but the row.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -9,8 +8,9 @@
 
 namespace fastsae {
 
-constexpr int kDecodeThreads = 128;
-constexpr int kDecodeChunk = 128;  // entries staged in shared memory at a time, one per thread
+constexpr int kDecodeWarps = 4;         // tokens of one block, a warp each
+constexpr int kDecodeRows = 8;          // weight rows a warp asks for before it waits
+constexpr int kDecodeWarpsWanted = 512;  // that fill a GPU: about four per multiprocessor
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -35,55 +35,77 @@ struct DecodeParams {
   int64_t N, K, F, D;
 };
 
-// Grid: (rows, column slices). A thread owns C adjacent columns of one row.
+// A warp: one row, 32·C columns. The slice of columns is the slow axis of the grid, so that all
+// rows gather from the F·32·C weights of one slice, which stay in L2, before the next begins.
 template <class Value, class Weight, class Out, int C>
-__global__ void __launch_bounds__(kDecodeThreads)
+__global__ void __launch_bounds__(32 * kDecodeWarps, 8)
     decode_rows_kernel(DecodeParams<Value, Weight, Out> p) {
-  __shared__ float value[kDecodeChunk];
-  __shared__ int32_t index[kDecodeChunk];
-  const int64_t n = blockIdx.x;
-  const int64_t column = ((int64_t)blockIdx.y * kDecodeThreads + threadIdx.x) * C;
+  const int lane = threadIdx.x % 32;
+  const int64_t n = (int64_t)blockIdx.x * kDecodeWarps + threadIdx.x / 32;
+  if (n >= p.N) return;  // whole warps: the shuffles below stay complete
+  const int64_t column = ((int64_t)blockIdx.y * 32 + lane) * C;
   const bool active = column < p.D;  // C divides D
   float sum[C];
 #pragma unroll
-  for (int c = 0; c < C; ++c) sum[c] = active && p.bias ? p.bias[column + c] : 0.0f;
-  for (int64_t first = 0; first < p.K; first += kDecodeChunk) {
-    const int count = (int)min((int64_t)kDecodeChunk, p.K - first);
-    __syncthreads();
-    if (threadIdx.x < count) {
-      const int64_t entry = n * p.K + first + threadIdx.x;
-      value[threadIdx.x] = to_float(p.values[entry]);
-      index[threadIdx.x] = p.indices[entry];
-      if (index[threadIdx.x] < 0 || index[threadIdx.x] >= p.F) __trap();
+  for (int c = 0; c < C; ++c) sum[c] = 0.0f;
+  for (int64_t first = 0; first < p.K; first += 32) {
+    float value = 0.0f;
+    int32_t index = 0;
+    if (first + lane < p.K) {
+      value = to_float(p.values[n * p.K + first + lane]);
+      index = p.indices[n * p.K + first + lane];
     }
-    __syncthreads();
-    if (!active) continue;
-#pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-      // A zero is padding: it must not meet a NaN weight. The branch is the same for the whole
-      // block.
-      if (value[k] == 0.0f) continue;
-      const Pack<Weight, C> w = *(const Pack<Weight, C>*)(p.W + index[k] * p.D + column);
+    // A kernel cannot raise: an index out of range reads nothing and must show. A zero is padding:
+    // it must not meet a NaN weight.
+    const bool known = index >= 0 && index < p.F;
+    if (value != 0.0f && !known) value = __int_as_float(0x7fffffff);
+    const unsigned reads = __ballot_sync(~0u, value != 0.0f && known);
+    const int count = (int)min((int64_t)32, p.K - first);
+    for (int k = 0; k < count; k += kDecodeRows) {
+      Pack<Weight, C> rows[kDecodeRows];
 #pragma unroll
-      for (int c = 0; c < C; ++c) sum[c] = fmaf(value[k], to_float(w.item[c]), sum[c]);
+      for (int i = 0; i < kDecodeRows; ++i) {
+        const int64_t row = __shfl_sync(~0u, index, k + i);
+        rows[i] = Pack<Weight, C>{};
+        if (active && (reads >> (k + i) & 1)) {
+          rows[i] = *(const Pack<Weight, C>*)(p.W + row * p.D + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kDecodeRows; ++i) {
+        const float v = __shfl_sync(~0u, value, k + i);  // 0 past the last entry
+#pragma unroll
+        for (int c = 0; c < C; ++c) sum[c] = fmaf(v, to_float(rows[i].item[c]), sum[c]);
+      }
     }
   }
   if (!active) return;
+  Pack<Out, C> result;
 #pragma unroll
-  for (int c = 0; c < C; ++c) from_float(sum[c], p.out + n * p.D + column + c);
+  for (int c = 0; c < C; ++c) {
+    from_float(sum[c] + (p.bias ? p.bias[column + c] : 0.0f), &result.item[c]);
+  }
+  *(Pack<Out, C>*)(p.out + n * p.D + column) = result;
 }
 
+template <class Value, class Weight, class Out, int C>
+void decode_slices(const DecodeParams<Value, Weight, Out>& p, cudaStream_t stream) {
+  const int64_t columns = 32 * C;
+  const dim3 grid((unsigned)((p.N + kDecodeWarps - 1) / kDecodeWarps),
+                  (unsigned)((p.D + columns - 1) / columns));
+  decode_rows_kernel<Value, Weight, Out, C><<<grid, 32 * kDecodeWarps, 0, stream>>>(p);
+}
+
+// 16 bytes per lane, or one element where rows are too few to fill the GPU or not aligned.
 template <class Value, class Weight, class Out>
 void decode_rows_cuda(const DecodeParams<Value, Weight, Out>& p, cudaStream_t stream) {
   if (p.N == 0 || p.D == 0) return;
   constexpr int wide = 16 / sizeof(Weight);
   const bool aligned = p.D % wide == 0 && (uintptr_t)p.W % 16 == 0;
-  const int64_t columns = (int64_t)kDecodeThreads * (aligned ? wide : 1);
-  const dim3 grid((unsigned)p.N, (unsigned)((p.D + columns - 1) / columns));
-  if (aligned) {
-    decode_rows_kernel<Value, Weight, Out, wide><<<grid, kDecodeThreads, 0, stream>>>(p);
+  if (aligned && p.N * p.D >= (int64_t)kDecodeWarpsWanted * 32 * wide) {
+    decode_slices<Value, Weight, Out, wide>(p, stream);
   } else {
-    decode_rows_kernel<Value, Weight, Out, 1><<<grid, kDecodeThreads, 0, stream>>>(p);
+    decode_slices<Value, Weight, Out, 1>(p, stream);
   }
 }
 

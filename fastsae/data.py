@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from fastsae.errors import FastsaeError
 from fastsae.models import Hook, hook_module, model_device, residual_of, resolve_hook
 from fastsae.training.cache import ActivationCache
+from fastsae.training.fingerprint import model_fingerprint
 from fastsae.training.tokens import TokenStore, special_ids, tokenize
 
-__all__ = ["ActivationStream", "TokenStore", "layer_activations", "texts", "tokenize"]
+__all__ = [
+    "ActivationStream",
+    "TokenStore",
+    "layer_activations",
+    "model_fingerprint",
+    "texts",
+    "tokenize",
+]
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 _LONGEST_DOCUMENT = 1 << 20  # characters; a .txt file without blank lines must not fill the memory

@@ -21,6 +21,14 @@ class Hook(NamedTuple):
     side: str  # "input" or "output"
 
 
+# Families of transformers whose layers look like any other's and are not.
+_UNREADABLE = {
+    "xlnet": "passes on its residual time-major, with a second stream beside it",
+    "xlm": "keeps the parts of its layers in separate lists",
+    "reformer": "is reversible, with two residual streams",
+    "cpmant": "puts tokens of its own before the prompt",
+}
+
 _NOTATIONS = (
     (re.compile(r"^blocks\.(\d+)\.hook_resid_post$"), "output"),
     (re.compile(r"^blocks\.(\d+)\.hook_resid_pre$"), "input"),
@@ -53,7 +61,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The ModuleList with the most parameters: the decoder layers of every decoder-only HF model.
 
     Experts and adapters are smaller lists inside it; a vision tower is a smaller list beside it.
+    FastsaeError for an encoder-decoder model, which has two residual streams, and for a model
+    whose layers are time-major or in no list.
     """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise FastsaeError(
+            f"model: {type(model).__name__} is an encoder-decoder model: it has two residual "
+            "streams; fastsae works on decoder-only transformers models"
+        )
+    if getattr(config, "model_type", None) in _UNREADABLE:
+        raise FastsaeError(
+            f"model: {type(model).__name__} {_UNREADABLE[config.model_type]}; "
+            "fastsae works on layers that pass on one residual [batch, tokens, hidden size]"
+        )
     best, score = None, 0
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
@@ -65,6 +86,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"model: found no list of decoder layers in {type(model).__name__}; "
             "fastsae works on decoder-only transformers models"
         )
+    inside = set(best.modules())
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside and len(module):
+            if type(module[0]) is type(best[0]) and any(p.numel() for p in module.parameters()):
+                raise FastsaeError(
+                    f"model: {type(model).__name__} has several stacks of "
+                    f"{type(best[0]).__name__}; fastsae works on models with a single one"
+                )
     return best
 
 

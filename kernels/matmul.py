@@ -78,11 +78,3 @@ def product(x: Tensor, W: Tensor) -> Tensor:
     if x.is_cuda:
         return torch.mm(x, W.T, out_dtype=torch.float32)
     return torch.mm(x.float(), W.float().T)  # out_dtype exists on CUDA only
-
-
-def split_bf16(x: Tensor) -> Tensor:
-    """[3, N, D] bfloat16 planes with sum x (float32) up to 2⁻²⁴: fp32 for bf16 tensor cores."""
-    high = x.bfloat16()
-    rest = torch.where(high.isfinite(), x - high.float(), 0)  # Inf - Inf would turn Inf into NaN
-    middle = rest.bfloat16()
-    return torch.stack([high, middle, (rest - middle.float()).bfloat16()])

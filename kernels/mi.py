@@ -159,14 +159,18 @@ def mi_topk(
 
     features [F, D], words [V, D]; L = ⟨f, w⟩ / T. "mi": p(v|f) (log p(f|v) + log F); "pmi": log
     p(f|v); "paper": p(v|f) log p(f|v); "logit": ⟨f, w⟩. Ties go to the lower index. Cost: two GEMM
-    sweeps (one for "logit" or when the logits fit one tile of 64 MB), full fp32.
+    sweeps (one for "logit" or when the logits fit one tile of 64 MB). Operands that are both
+    bfloat16 or both float16 go to tensor cores, whose products of them are exact in fp32; all
+    others are multiplied in full fp32.
     """
     F, V = features.shape[0], words.shape[0]
     scores = torch.empty(F, top, dtype=torch.float32, device=features.device)
     indices = torch.empty(F, top, dtype=torch.int32, device=features.device)
     if F == 0:
         return scores, indices
-    f, w = features.float(), words.float()
+    f, w = features, words
+    if f.dtype != w.dtype:
+        f, w = f.float(), w.float()
     rows = max(1, WORKSPACE_BYTES // (4 * V))
     parts = [slice(start, min(start + rows, F)) for start in range(0, F, rows)]
     with full_fp32(f.device):

@@ -220,11 +220,13 @@ def _select_kernel(
     values,
     indices,
     packed,
+    places,
     F,
     k,
     HAS_BIAS: tl.constexpr,
     MAPPED: tl.constexpr,
     ACTIVE: tl.constexpr,
+    PLACED: tl.constexpr,
     NG: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -235,6 +237,10 @@ def _select_kernel(
     row = x + n * F
     columns += n * F
     packed += n * 2 * C
+    if PLACED:
+        n = tl.load(places + n)
+        if n < 0:
+            return
     values += n * k
     indices += n * k
 
@@ -298,18 +304,23 @@ def select(
     *,
     columns: Tensor | None = None,
     active: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest of every row of h (+ bias, in fp32), descending, ties to the lower index.
 
     h [N, F] float32/bfloat16/float16, contiguous. `columns` [N, F] int32: what to return in place
     of a column's own number (ties are still broken by position). `active`: keep only h > 0 and NaN,
     the rest of the k entries is padding (value 0, lowest unused indices ascending). Returns values
-    [N, k] (h's dtype; float32 with a bias) and indices [N, k] int32.
+    [N, k] (h's dtype; float32 with a bias) and indices [N, k] int32, or fills `into`. `places` [N]
+    int64, for k <= MAX_K: the rows of `into` that h's rows go to, -1: nowhere.
     """
     N, F = h.shape
     dtype = h.dtype if bias is None else torch.float32
-    values = torch.empty(N, k, dtype=dtype, device=h.device)
-    indices = torch.empty(N, k, dtype=torch.int32, device=h.device)
+    values, indices = into or (
+        torch.empty(N, k, dtype=dtype, device=h.device),
+        torch.empty(N, k, dtype=torch.int32, device=h.device),
+    )
     if N == 0:
         return values, indices
     config = _config(N, F, min(k, MAX_K))
@@ -328,14 +339,16 @@ def select(
                 h[part],
                 h if bias is None else bias,
                 indices if columns is None else columns[part],
-                values[part],
-                indices[part],
+                values[part] if places is None else values,
+                indices[part] if places is None else indices,
                 packed,
+                packed if places is None else places[part],
                 F,
                 k,
                 HAS_BIAS=bias is not None,
                 MAPPED=columns is not None,
                 ACTIVE=active,
+                PLACED=places is not None,
                 enable_fp_fusion=True,
                 **config,
             )
@@ -356,8 +369,9 @@ def _aot(dtype: str, N: int, F: int, k: int, *flags: str):
     """One compile case: what `select` launches for N rows of F columns and k winners."""
     config = _config(N, F, k)
     options = {name: config.pop(name) for name in ("num_warps", "maxnreg")}
-    constexprs = {flag: flag in flags for flag in ("HAS_BIAS", "MAPPED", "ACTIVE")}
+    constexprs = {flag: flag in flags for flag in ("HAS_BIAS", "MAPPED", "ACTIVE", "PLACED")}
     integers = {"columns": "*i32:16", "indices": "*i32:16", "packed": "*i64:16"}
+    integers["places"] = "*i64:16"
     signature = dict.fromkeys(("x", "bias", "values"), f"*{dtype}:16") | integers
     return _select_kernel, signature | {"F": "i32:16", "k": "i32"}, constexprs | config, options
 
@@ -371,5 +385,6 @@ AOT = [
     _aot("bf16", 4096, 65536, 100),
     _aot("bf16", 4096, 65536, 256),
     _aot("fp32", 256, 65536, 1024, "HAS_BIAS", "ACTIVE"),
-    _aot("fp32", 1024, 128, 32, "MAPPED", "ACTIVE"),
+    _aot("fp32", 1024, 512, 32, "MAPPED", "ACTIVE"),
+    _aot("fp32", 256, 65536, 32, "ACTIVE", "PLACED"),
 ]

@@ -6,6 +6,7 @@ import torch
 import fastsae
 from fastsae.errors import FastsaeError
 from fastsae.explain import activation_values, top_activations
+from fastsae.explain.examples import Examples, collect_examples
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -228,3 +229,66 @@ def test_an_sae_of_another_width_or_without_a_place_is_an_error(model, tokenizer
     sae = fastsae.SAE(fastsae.SAEConfig(D, F, k=2, hook_name="layers.1"))
     with pytest.raises(FastsaeError, match="limit: got 0"):
         activation_values(sae, model, tokenizer, TEXTS, [1], limit=0)
+
+
+# --- examples: the same places, with every token's activation ------------------------------------
+
+
+@torch.no_grad()
+def _dense(sae, model, tokenizer, text):
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+    values = sae.encode(hidden).to_dense().clamp(min=0)
+    values[0] = 0
+    return values
+
+
+@pytest.mark.parametrize("context", [0, 3, 200])
+def test_examples_hold_the_places_the_text_and_every_activation(sae, model, tokenizer, context):
+    got = collect_examples(sae, model, tokenizer, TEXTS, n=4, context=context, batch_size=3)
+    places = top_activations(sae, model, tokenizer, TEXTS, range(F), n=4, context=context)
+    values = activation_values(sae, model, tokenizer, TEXTS, range(F), batch_size=3)
+    dense = [_dense(sae, model, tokenizer, text) for text in TEXTS]
+    assert got.features == list(range(F)) and got.tokens == values[0].tokens
+    for f in range(F):
+        known = got[f]
+        assert [e[1:3] for e in known.examples] == [(p.document, p.position) for p in places[f]]
+        for e, p in zip(known.examples, places[f], strict=True):
+            assert e.value == pytest.approx(p.value, rel=1e-5)
+            assert e.text == p.before + p.token + p.after or "\ufffd" in e.text + p.token
+            start = max(0, p.position - context)
+            expected = dense[e.document][start : p.position + context + 1, f]
+            assert list(e.values) == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+            assert e.peak == p.position - start and e.values[e.peak] == e.value
+            assert len(e.tokens) == len(e.values)
+        assert known.active == values[f].active == sum(known.counts)
+        for low, high, n in zip(known.edges, known.edges[1:], known.counts, strict=False):
+            assert n == int(((values[f].values >= low) & (values[f].values < high)).sum())
+
+
+def test_examples_files_and_words(sae, model, tokenizer, tmp_path):
+    got = collect_examples(sae, model, tokenizer, TEXTS, [5, 2, 9], n=2, context=40)
+    path = got.save(tmp_path / "x.examples.jsonl")
+    again = Examples.load(path)
+    assert again.features == [5, 2, 9] and 2 in again and 3 not in again
+    assert all(again[f] == got[f] for f in got.features)
+    for words in (["guitar"], ["BANK"], ["café"], ["music", "bank"], ["ban"]):
+        by_hand = [
+            f
+            for f in got.features
+            for e in got[f].examples
+            if all(w.lower() in e.text.lower().split() for w in words)
+        ]
+        assert again.find(words, 10) == list(dict.fromkeys(by_hand)), words
+    assert len(again.find(["the"], 1)) <= 1
+    whole = path.read_text()
+    for content, says in (
+        (whole[:-200].rsplit("\n", 1)[0], "truncated"),
+        ("{}\n", "holds no examples"),
+        ("x", "not a file of examples"),
+    ):
+        path.write_text(content)
+        with pytest.raises(FastsaeError, match=says):
+            Examples.load(path)
+    with pytest.raises(FastsaeError, match="n: got 0"):
+        collect_examples(sae, model, tokenizer, TEXTS, n=0)

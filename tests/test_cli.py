@@ -10,7 +10,23 @@ import torch
 import fastsae
 from fastsae.cli import main
 
-COMMANDS = ("demo", "train", "explain", "search", "generate", "inspect", "env")
+COMMANDS = (
+    "demo",
+    "train",
+    "train-lens",
+    "explain",
+    "search",
+    "eval",
+    "label",
+    "annotate",
+    "export",
+    "policy",
+    "sweep",
+    "generate",
+    "inspect",
+    "convert",
+    "env",
+)
 
 
 @pytest.fixture
@@ -99,7 +115,7 @@ def test_no_traceback_from_the_installed_command(tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 2
-    assert "cfg.json" in done.stderr
+    assert "not an SAE checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -114,6 +130,48 @@ def test_inspect_text_and_json(sae_folder, capsys):
     assert found["norms"]["W_dec rows"]["median"] == pytest.approx(1.0, abs=1e-5)
     assert main(["inspect", str(sae_folder)]) == 0
     assert "layers.1.output" in capsys.readouterr().out
+
+
+def test_convert_there_and_back(sae_folder, tmp_path, capsys):
+    """SAELens → sparsify → SAELens, bit for bit; a folder that holds something is not written."""
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert main(["convert", str(sae_folder), str(there), "--format", "sparsify"]) == 0
+    assert "as sparsify" in capsys.readouterr().out
+    assert main(["convert", str(there), str(back), "--from-format", "sparsify"]) == 0
+    name = "sae_weights.safetensors"
+    assert (back / name).read_bytes() == (sae_folder / name).read_bytes()
+    assert json.loads((back / "cfg.json").read_text()) == json.loads(
+        (sae_folder / "cfg.json").read_text()
+    )
+    assert fastsae.SAE.from_pretrained(back).stats.tokens == 1000
+    capsys.readouterr()
+    assert main(["convert", str(sae_folder), str(back)]) == 2
+    assert "is not empty; name a new folder" in capsys.readouterr().err
+    odd = ["convert", str(sae_folder), str(tmp_path / "x"), "--set", "k"]
+    assert main(odd) == 2 and "NAME=JSON" in capsys.readouterr().err
+
+
+def test_convert_says_what_a_format_cannot_express(tmp_path, capsys):
+    sae = fastsae.SAE(fastsae.SAEConfig(d_in=8, d_sae=32, activation="jumprelu"))
+    sae.save_pretrained(tmp_path / "sae")
+    argv = ["convert", str(tmp_path / "sae"), str(tmp_path / "out"), "--format", "sparsify"]
+    assert main(argv) == 2
+    assert "sparsify has no form for activation='jumprelu'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_names_the_family_the_hook_and_what_was_set(sae_folder, tmp_path, capsys):
+    assert main(["inspect", str(sae_folder), "--json", "--set", "k=5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["k"], found["kind"]) == ("saelens", 5, "autoencoder")
+    assert found["hook"] == {
+        "layer": 1,
+        "huggingface": "layers.1.output",
+        "transformer_lens": "blocks.1.hook_resid_post",
+    }
+    assert found["dtype_in_file"] == "float32" and found["bytes_in_file"] > 0
+    assert main(["inspect", str(sae_folder), "--from-format", "sparsify"]) == 2
+    assert "a sparsify SAE has the keys" in capsys.readouterr().err
 
 
 def test_env_names_a_backend_and_a_reason_for_every_op(capsys):

@@ -210,7 +210,7 @@ def test_published_ranking_lists_the_least_related_words(tokenizer):
 def test_explain_is_deterministic_and_belongs_to_its_sae(model, sae, tokenizer):
     ex, again = (explain(sae, model, tokenizer, Vocabulary(WORDS)) for _ in range(2))
     assert torch.equal(ex.scores, again.scores) and torch.equal(ex.indices, again.indices)
-    assert ex.objective == "mi" and ex.scores.shape[1] == 20
+    assert ex.objective == "pmi" and ex.scores.shape[1] == 20
     assert ex.sae.hook_name == "blocks.1.hook_resid_post" and ex.model_name == "LlamaForCausalLM"
     ex.check(sae)
     ex.check(sae.bfloat16())

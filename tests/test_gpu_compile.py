@@ -54,7 +54,7 @@ def test_cases_name_every_argument(gpu_compile):
     for stem in gpu_compile.stems():
         functions = jit_functions(ROOT / "kernels" / f"{stem}.py")
         arguments = {f.name: [a.arg for a in f.args.args] for f in functions}
-        for kernel, signature, constexprs, options in gpu_compile.cases(stem):
+        for kernel, signature, constexprs, options, *_ in gpu_compile.cases(stem):
             given = [*signature, *constexprs]
             assert sorted(given) == sorted(arguments[kernel.__name__]), kernel.__name__
             assert options["num_warps"] in (1, 2, 4, 8, 16, 32)
@@ -72,6 +72,34 @@ ptxas info    : Used 32 registers, used 1 barriers, 8 bytes cumulative stack siz
     assert gpu_compile.parse_ptxas(log) == [wanted]
     with pytest.raises(RuntimeError, match="cuobjdump"):
         gpu_compile.resources("nothing")
+
+
+def test_expectations_are_texts_of_the_code(gpu_compile):
+    code = "LDG.E.EF.128 R4, [R2] ;\n wgmma.mma_async"
+    assert gpu_compile.unmet(("wgmma", "LDG.E.128|LDG.E.EF.128", "!ATOM"), code) == []
+    assert gpu_compile.unmet(("LDG.E.128", "!wgmma"), code) == ["LDG.E.128", "!wgmma"]
+    with pytest.raises(TypeError, match="tuple"):
+        gpu_compile.unmet("wgmma", code)
+    source = "// expect sm_80 add_kernel: LDG.E.128, !ATOM\n// expect sm_90a add_kernel: UTMALDG\n"
+    assert gpu_compile.expectations(source, "sm_80") == {"add_kernel": ("LDG.E.128", "!ATOM")}
+    listing = 'header\n\t.section\t.text._Z3addPf,"ax"\n STG\n.section .text._Z3subPf,x\n LDG\n'
+    found = gpu_compile.functions(listing)
+    assert list(found) == ["_Z3addPf", "_Z3subPf"] and "LDG" in found["_Z3subPf"]
+
+
+def test_every_kernel_of_the_sparse_ops_says_what_its_code_holds(gpu_compile):
+    for stem in ("decode", "sparse_outer"):
+        for case in gpu_compile.cases(stem):
+            assert len(case) == 5 and set(case[4]) >= {"sm_80", "sm_90"}, case[0].__name__
+
+
+def test_an_unmet_expectation_fails(gpu_compile, monkeypatch, capsys):
+    *case, _ = gpu_compile.cases("decode")[-1]
+    impossible = [(*case, {"sm_90": ("no such text", "!ld.global")})]
+    monkeypatch.setattr(gpu_compile, "cases", lambda stem: impossible)
+    row = gpu_compile.compile_triton("decode", 0, 90)
+    assert row["unmet"] == ["no such text", "!ld.global"] and row["spills"] == 0
+    assert gpu_compile.compile_triton("decode", 0, 80)["unmet"] == []
 
 
 def test_one_kernel_compiles(tmp_path):

@@ -18,7 +18,16 @@ pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    from fastsae.kernels import decode, encode, matmul, mi, sparse_outer, steer, topk
+    from fastsae.kernels import (
+        decode,
+        encode,
+        encode_threshold,
+        matmul,
+        mi,
+        sparse_outer,
+        steer,
+        topk,
+    )
 
 
 def test_in_the_interpreter():
@@ -127,8 +136,8 @@ def test_select_writes_its_rows_only():
     values, indices = torch.full((61,), 7.0), torch.full((61,), -7, dtype=torch.int32)
     config = topk._config(3, 300, 10)
     packed = torch.full((3 * 2 * config["C"] + 2,), -7, dtype=torch.int64)
-    flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False}
-    arguments = (x, x, indices, values[13:], indices[13:], packed[1:], 300, 10)
+    flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False, "PLACED": False}
+    arguments = (x, x, indices, values[13:], indices[13:], packed[1:], packed, 300, 10)
     topk._select_kernel[(3,)](*arguments, **flags, **config)
     assert torch.equal(values[13:43], wanted[0].flatten())
     assert torch.equal(indices[13:43], wanted[1].flatten())
@@ -147,19 +156,16 @@ def integer_sae(n, d, f):
 
 
 @pytest.mark.parametrize(
-    "n,d,f,k,workspace",
-    [(0, 5, 9, 3, None), (1, 7, 9, 9, None), (5, 37, 1003, 20, None), (3, 16, 9001, 16, 3 << 15)],
+    "n,d,f,k", [(0, 5, 9, 3), (1, 7, 9, 9), (5, 37, 1003, 20), (3, 16, 4200, 16)]
 )
 @pytest.mark.parametrize("centred", [False, True])
-def test_encoders_on_integers(n, d, f, k, workspace, centred, monkeypatch):
-    if workspace:  # tiles of two rows or fewer and of 4096 columns
-        monkeypatch.setattr(encode, "WORKSPACE_BYTES", workspace)
+def test_encoders_on_integers(n, d, f, k, centred):
     x, W, b, b_dec, threshold = integer_sae(n, d, f)
     b_dec = b_dec if centred else None
     got = encode.encode_topk(x, W, b, k, b_dec)
     wanted = reference.encode_topk(x, W, b, k, b_dec)
     assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-    got = encode.encode_threshold(x, W, b, threshold, b_dec)
+    got = encode_threshold.encode_threshold(x, W, b, threshold, b_dec)
     wanted = reference.encode_threshold(x, W, b, threshold, b_dec)
     assert same(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1]) and torch.equal(got[2], wanted[2])
@@ -182,12 +188,25 @@ def test_encode_fast_is_near():
     assert (fast[0] - exact[0]).abs().max() < 0.05
 
 
-def test_threshold_arena_overflow_and_nan(monkeypatch):
-    """Every entry survives, more than the first arena holds; a NaN row keeps everything."""
-    monkeypatch.setattr(encode, "ARENA_LEAST", 100)
-    x, W, f = torch.zeros(2, 3), torch.zeros(5000, 3), 5000
+def test_half_precision_products_by_tiles(monkeypatch):
+    """More rows than are rescored: tiles of few rows, then also of columns whose winners merge."""
+    x, W, b, b_dec, _ = integer_sae(3, 16, 9001)
+    x, W, b_dec = x.bfloat16(), W.bfloat16(), b_dec.bfloat16()
+    wanted = reference.encode_topk(x, W, b, 16, b_dec)
+    monkeypatch.setattr(encode, "FEW_ROWS", 0)
+    for workspace in (64 << 20, 3 << 15):
+        monkeypatch.setattr(encode, "WORKSPACE_BYTES", workspace)
+        got = encode.encode_topk(x, W, b, 16, b_dec)
+        assert torch.equal(got[1], wanted[1]) and same(got[0], wanted[0])
+
+
+def test_threshold_keeps_everything_and_nan():
+    """Every entry survives, more than a row was expected to have; a NaN row keeps everything."""
+    x, W, f = torch.zeros(2, 3), torch.zeros(1500, 3), 1500
     x[1] = torch.nan
-    values, indices, offsets = encode.encode_threshold(x, W, torch.ones(f), torch.zeros(f))
+    values, indices, offsets = encode_threshold.encode_threshold(
+        x, W, torch.ones(f), torch.zeros(f)
+    )
     assert offsets.tolist() == [0, f, 2 * f]
     assert torch.equal(indices, torch.arange(f, dtype=torch.int32).repeat(2))
     assert (values[:f] == 1).all() and values[f:].isnan().all()
@@ -196,8 +215,8 @@ def test_threshold_arena_overflow_and_nan(monkeypatch):
 def test_threshold_is_strict():
     x, W, b = torch.ones(1, 1), torch.ones(4, 1), torch.zeros(4)
     below = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    threshold = torch.tensor([1.0, below, -1.0, 2.0])
-    assert encode.encode_threshold(x, W, b, threshold)[1].tolist() == [1, 2]
+    theta = torch.tensor([1.0, below, -1.0, 2.0])
+    assert encode_threshold.encode_threshold(x, W, b, theta)[1].tolist() == [1, 2]
 
 
 DECODE_SHAPES = [(0, 4, 10, 5), (1, 1, 7, 5), (7, 33, 20, 640), (5, 3, 50, 129)]
@@ -233,9 +252,9 @@ def test_decode_skips_padding_and_keeps_borders():
     W[3] = torch.nan
     values, indices = torch.tensor([[2.0, 0.0]]), torch.tensor([[1, 3]], dtype=torch.int32)
     buffer = torch.full((80,), 7.0)
-    config = decode._decode_config(4)
-    arguments = (values, indices, W, W, buffer[11:], 2, 10, 37)
-    decode._decode_kernel[(1, 1)](*arguments, HAS_BIAS=False, **config)
+    config = decode._decode_config(1, 37, 4)
+    arguments = (values, indices, W, W, buffer[11:], 1, 2, 10, 37, 1)
+    decode._decode_kernel[(1, 2)](*arguments, HAS_BIAS=False, **config)
     assert torch.equal(buffer[11:48], 2 * W[1])
     assert (buffer[:11] == 7).all() and (buffer[48:] == 7).all()
 
@@ -360,13 +379,6 @@ def test_full_fp32_restores_flags():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_split_bf16_holds_24_bits():
-    x = torch.randn(50, 3) * torch.logspace(-10, 10, 50)[:, None]
-    assert ((matmul.split_bf16(x).double().sum(0) - x).abs() <= 2**-24 * x.abs()).all()
-    infinite = matmul.split_bf16(torch.tensor([torch.inf]))
-    assert infinite.float().sum(0).item() == torch.inf
 
 
 if not INTERPRETING:  # only the test that starts the interpreter is left in this process

@@ -8,8 +8,8 @@ import torch
 
 from fastsae import SAE, FastsaeError, Latents, SAEConfig, ops
 
-ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu")
-D, F, K = 24, 70, 9
+ACTIVATIONS = ("topk", "batchtopk", "jumprelu", "relu", "groupmax")
+D, F, K = 24, 70, 7  # F is a multiple of K, as groupmax needs, and not of 8
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def make(device):
     """An SAE with random weights whose rows have 5 to 35 active latents."""
 
     def make(activation="topk", dtype="float32", centre=True, seed=0):
-        k = K if activation in ("topk", "batchtopk") else None
+        k = K if activation in ("topk", "batchtopk", "groupmax") else None
         config = SAEConfig(D, F, activation, k, apply_b_dec_to_input=centre, dtype=dtype)
         torch.manual_seed(seed)
         sae = SAE(config, device=device)
@@ -47,6 +47,9 @@ def dense_code(sae, x, dtype=torch.float64):
     if c.activation == "topk":
         kth = h.topk(c.k, dim=-1).values[..., -1:]
         return torch.where(h >= kth, h, 0).relu()
+    if c.activation == "groupmax":
+        groups = h.unflatten(-1, (c.k, -1))
+        return torch.where(groups == groups.amax(-1, keepdim=True), groups, 0).relu().flatten(-2)
     floor = sae.threshold.to(dtype) if c.has_threshold else torch.zeros(())
     return torch.where(h > floor.to(h), h, 0).relu()
 
@@ -75,7 +78,8 @@ def test_every_activation_is_the_dense_formula(make, x, activation, centre, weig
     z, exact = sae.encode(x), dense_code(sae, x)
     check_latents(z)
     assert z.d_sae == F and z.values.dtype == torch.promote_types(x.dtype, torch.float32)
-    assert z.values.shape[-1] == (K if activation == "topk" else int(z.counts.max()))
+    fixed = activation in ("topk", "groupmax")
+    assert z.values.shape[-1] == (K if fixed else int(z.counts.max()))
     torch.testing.assert_close(z.to_dense().double(), exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(z.counts, (exact > 0).sum(-1))
     wanted = exact @ sae.W_dec.double() + sae.b_dec.double()
@@ -110,9 +114,10 @@ def test_nan_rows_are_counted_and_stay_in_their_row(make, x, activation):
     x[1, 2, 4] = float("nan")
     z = sae.encode(x)
     check_latents(z)
-    assert z.counts[1, 2] == (K if activation == "topk" else F)
+    assert z.counts[1, 2] == (K if activation in ("topk", "groupmax") else F)
     assert z.values[1, 2].isnan().all() and sae.decode(z)[1, 2].isnan().all()
-    assert torch.equal(z.indices[1, 2], torch.arange(z.values.shape[-1]).to(z.indices))
+    step = F // K if activation == "groupmax" else 1  # the first feature of every group
+    assert torch.equal(z.indices[1, 2], step * torch.arange(z.values.shape[-1]).to(z.indices))
     other = torch.ones(3, 5, dtype=torch.bool)
     other[1, 2] = False
     assert torch.equal(z.counts[other], clean.counts[other])
@@ -207,12 +212,21 @@ def test_latents_are_what_the_docstring_says(device):
         ({"d_in": 0}, ["d_in: got 0", "positive integer"]),
         ({"d_sae": 3.0}, ["d_sae: got 3.0"]),
         ({"d_in": True}, ["d_in: got True"]),
-        ({"activation": "gelu"}, ["activation: got 'gelu'", "topk, batchtopk, jumprelu, relu"]),
+        (
+            {"activation": "gelu"},
+            ["activation: got 'gelu'", "topk, batchtopk, jumprelu, relu, groupmax"],
+        ),
         ({"k": None}, ["k: got None", "1 to d_sae = 8"]),
         ({"k": 0}, ["k: got 0"]),
         ({"k": 9}, ["k: got 9", "d_sae = 8"]),
         ({"activation": "relu"}, ["k: got 2", "activation='relu' has no k"]),
         ({"dtype": "float8"}, ["dtype: got 'float8'", "float32, bfloat16"]),
+        ({"activation": "groupmax", "k": 3}, ["k: got 3", "8 features make no 3 equal groups"]),
+        ({"d_out": 3}, ["apply_b_dec_to_input: got True", "a transcoder"]),
+        ({"d_out": 0}, ["d_out: got 0"]),
+        ({"hook_name_out": "layers.1.output"}, ["hook_name_out", "pass d_out"]),
+        ({"normalization": "batch"}, ["normalization: got 'batch'", "layer_norm"]),
+        ({"reshape": "hook_q"}, ["reshape: got 'hook_q'", "hook_z"]),
     ],
 )
 def test_a_bad_config_names_the_field(change, words):
@@ -232,6 +246,111 @@ def test_bad_inputs_name_what_is_wrong(make, x):
         sae.decode(sae.encode(x)._replace(d_sae=71))
     with pytest.raises(FastsaeError, match="x: got list"):
         sae.encode([1.0])
+
+
+TRANSCODER = {"d_out": 10, "apply_b_dec_to_input": False}
+
+
+def extended(device, **fields):
+    torch.manual_seed(5)
+    fields = {"activation": "topk", "k": K} | fields
+    sae = SAE(SAEConfig(D, F, **fields), device=device)
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            p.copy_(
+                torch.rand(p.shape) + 0.5 if name == "activation_scale" else torch.randn(p.shape)
+            )
+    return sae
+
+
+@pytest.mark.parametrize("activation", ["topk", "relu"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "center"])
+def test_transcoders(device, x, activation, skip, normalization):
+    """d_out of its own, raw x through the skip connection, normalization of the input only."""
+    options = TRANSCODER | {"skip": skip, "normalization": normalization}
+    sae = extended(device, activation=activation, k=K if activation == "topk" else None, **options)
+    plain = extended(device, activation=activation, k=sae.config.k, **TRANSCODER)
+    plain.load_state_dict({n: p for n, p in sae.state_dict().items() if n != "W_skip"})
+    inside = x if normalization == "none" else x - x.mean(-1, keepdim=True)
+    if normalization == "layer_norm":
+        inside = inside / (inside.std(-1, keepdim=True) + 1e-5)
+    wanted = plain.encode(inside).to_dense() @ sae.W_dec + sae.b_dec
+    wanted = wanted + x @ sae.W_skip.T if skip else wanted
+    assert sae(x).shape == (3, 5, 10) and sae.W_dec.shape == (F, 10) and sae.b_dec.shape == (10,)
+    torch.testing.assert_close(sae(x), wanted)
+    torch.testing.assert_close(
+        sae.decode(sae.encode(x)) + (x @ sae.W_skip.T if skip else 0), wanted
+    )
+    check_latents(sae.encode(x))
+    assert "d_out=10" in repr(sae) and ("skip" in repr(sae)) is skip
+
+
+def test_an_activation_scale_keeps_the_selection(device, x):
+    sae = extended(device, activation_scale=True)
+    plain = extended(device)
+    plain.load_state_dict({n: p for n, p in sae.state_dict().items() if n != "activation_scale"})
+    z = sae.encode(x)
+    check_latents(z)
+    wanted = plain.encode(x).to_dense() * sae.activation_scale
+    torch.testing.assert_close(z.to_dense(), wanted)
+    half = sae.bfloat16()
+    assert half.activation_scale.dtype == torch.float32 and half.W_dec.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm", "center"])
+def test_gradients_through_a_normalization(device, x, normalization):
+    sae = extended(device, normalization=normalization).double()
+    flat = x.double().view(-1, D)[:4].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sae(x), flat)
+
+
+def test_a_normalized_code_needs_its_latents(device, x):
+    plain, sae = extended(device), extended(device, normalization="layer_norm")
+    with pytest.raises(FastsaeError, match="a dense code does not know the layer_norm"):
+        sae.decode(sae.encode(x).to_dense())
+    for one, other in ((plain, sae), (sae, plain)):
+        with pytest.raises(FastsaeError, match="z: the Latents of an SAE with another"):
+            one.decode(other.encode(x))
+    edited = sae.encode(x)
+    edited = edited._replace(values=edited.values * 0)
+    mean, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    torch.testing.assert_close(sae.decode(edited), sae.b_dec * std + mean)
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        (TRANSCODER, "a transcoder"),
+        ({"skip": True}, "a skip connection"),
+        ({"normalization": "layer_norm"}, "normalization='layer_norm'"),
+        ({"activation_scale": True}, "an activation_scale"),
+    ],
+)
+def test_steering_and_measuring_refuse_by_name(device, x, fields, words):
+    from fastsae.steering.table import PolicyTable
+    from fastsae.training.measure import reconstruction
+
+    sae = extended(device, **fields)
+    with pytest.raises(FastsaeError, match="steering needs a plain autoencoder") as error:
+        PolicyTable(sae)
+    assert words in str(error.value)
+    with pytest.raises(FastsaeError, match="measuring a reconstruction"):
+        reconstruction(sae, [x.view(-1, D)])
+    extended(device).config.require_plain("anything")
+
+
+def test_steering_reads_a_centred_sae_from_plain_activations(device, x):
+    """The rows that steering keeps see mean(x) as the SAE does: not at all."""
+    from fastsae.steering.lower import fetch_rows
+    from fastsae.steering.table import PolicyTable
+
+    sae = extended(device, activation="relu", k=None, normalization="center")
+    PolicyTable(sae)
+    rows = fetch_rows(sae, [(feature, False) for feature in range(F)])
+    shifted = x.cpu() + 3
+    h = (shifted @ rows.enc.T + rows.bias).relu()
+    torch.testing.assert_close(h, sae.encode(x).to_dense().cpu(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_sae_uses_the_ops(make, x, monkeypatch):

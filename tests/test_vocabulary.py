@@ -1,6 +1,7 @@
 """Vocabulary: its files, its errors, and word vectors under every way a tokenizer marks a space."""
 
 import builtins
+import sys
 
 import pytest
 import torch
@@ -153,6 +154,63 @@ def test_default_vocabulary():
     assert Vocabulary.default(10).words == vocab.words[:10]
     assert "music" in vocab and "zqx" not in vocab
     assert vocab.source.startswith("wordfreq 3")
+
+
+def test_default_of_other_sizes_languages_and_letters():
+    pytest.importorskip("wordfreq")
+    german = Vocabulary.default(2000, "de")
+    assert {"und", "über"} <= set(german.words) and german.frequencies[0] > german.frequencies[-1]
+    ascii_only = Vocabulary.default(1000, "de", letters="ascii")
+    assert "und" in ascii_only and all(word.isascii() for word in ascii_only)
+    assert "ascii" in ascii_only.source and "ascii" not in german.source
+    # Vowel signs are marks, not letters: without them most Hindi words would be lost.
+    assert "में" in Vocabulary.default(1000, "hi")
+    assert len(Vocabulary.default(50_000)) == 50_000
+    assert {"en", "de", "zh"} <= set(Vocabulary.languages())
+    with pytest.raises(FastsaeError, match=r"language: got 'xx'.*from_file"):
+        Vocabulary.default(1000, "xx")
+    with pytest.raises(FastsaeError, match="letters: got 'latin'"):
+        Vocabulary.default(1000, letters="latin")
+    with pytest.raises(FastsaeError, match="ask for fewer"):
+        Vocabulary.default(10_000_000)
+
+
+def test_merged_inflections_keep_the_most_frequent_form():
+    pytest.importorskip("wordfreq")
+    stemmer = pytest.importorskip("snowballstemmer").stemmer("english")
+    plain, merged = Vocabulary.default(8000), Vocabulary.default(3000, merge_inflections=True)
+    stems = [stemmer.stemWord(word) for word in merged]
+    assert len(set(stems)) == len(stems) == 3000
+    assert "year" in merged and "years" in plain and "years" not in merged
+    assert [w for w in plain if w in merged][: len(merged)] == list(merged.words)
+    # Its frequency is that of all its forms met on the way.
+    last = plain.index(merged.words[-1])
+    forms = [i for i, w in enumerate(plain.words[:last]) if stemmer.stemWord(w) == "year"]
+    expected = sum(plain.frequencies[i] for i in forms)
+    assert merged.frequencies[merged.index("year")] == pytest.approx(expected)
+    assert len(forms) > 1 and "inflections merged" in merged.source
+    with pytest.raises(FastsaeError, match="merge_inflections: no stemmer for language 'ja'"):
+        Vocabulary.default(1000, "ja", merge_inflections=True)
+
+
+def test_merging_needs_a_stemmer(monkeypatch):
+    pytest.importorskip("wordfreq")
+    monkeypatch.setitem(sys.modules, "snowballstemmer", None)
+    with pytest.raises(FastsaeError, match="pip install snowballstemmer"):
+        Vocabulary.default(1000, merge_inflections=True)
+
+
+def test_scripts_without_spaces_are_tokenized_without_one():
+    class Recorder:
+        unk_token_id = None
+
+        def __call__(self, texts, add_special_tokens):
+            self.seen = texts
+            return {"input_ids": [[1] for _ in texts]}
+
+    recorder = Recorder()
+    word_tokens(recorder, ["music", "音楽", "ดนตรี", "музыка"])
+    assert recorder.seen == [" music", "音楽", "ดนตรี", " музыка"]
 
 
 def test_default_needs_wordfreq(monkeypatch):

@@ -5,29 +5,45 @@ import argparse
 import sys
 
 from fastsae import __version__
+from fastsae.cli.checkpoint import add_convert, add_inspect
 from fastsae.cli.demo import add_demo
-from fastsae.cli.explain import add_explain, add_search
+from fastsae.cli.env import add_env
+from fastsae.cli.eval import add_eval, add_train_lens
+from fastsae.cli.explain import add_explain
 from fastsae.cli.generate import add_generate
-from fastsae.cli.inspect import add_env, add_inspect
+from fastsae.cli.label import add_annotate, add_label
+from fastsae.cli.policy import add_policy
+from fastsae.cli.results import add_export, add_search
 from fastsae.cli.serve import add_serve
+from fastsae.cli.sweep import add_sweep
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
 
 _COMMANDS = (
     add_demo,
     add_train,
+    add_train_lens,
     add_explain,
     add_search,
+    add_eval,
+    add_label,
+    add_annotate,
+    add_export,
+    add_policy,
+    add_sweep,
     add_generate,
     add_serve,
     add_inspect,
+    add_convert,
     add_env,
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. A user's mistake is one line on stderr and exit code 2, no traceback."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = list(argv)
     from fastsae.environment import keep_freed_memory
 
     keep_freed_memory()

@@ -1,8 +1,17 @@
-"""fastsae explain, fastsae search."""
+"""fastsae explain."""
 
 import sys
 
-from fastsae.cli.arguments import command, load_model, model_arguments, print_json
+from fastsae.cli.arguments import (
+    command,
+    int_or_str,
+    load_model,
+    model_arguments,
+    print_json,
+    vocabulary,
+    vocabulary_arguments,
+)
+from fastsae.cli.results import after_explain, example_arguments
 from fastsae.errors import FastsaeError
 
 
@@ -18,39 +27,81 @@ def add_explain(commands) -> None:
     parser.add_argument("sae", help="SAE folder or hub repository")
     parser.add_argument("--sae-id", help="folder inside the repository")
     parser.add_argument("--output", help="save all explanations here (.safetensors)")
-    parser.add_argument("--vocabulary", default="5000", help="size of the default list, or a file")
-    parser.add_argument("--objective", default="mi", choices=("mi", "pmi", "paper", "logit"))
+    vocabulary_arguments(parser)
+    parser.add_argument(
+        "--objective",
+        choices=("corpus-mi", "pmi", "mi", "logit", "paper"),
+        help="default: corpus-mi with --text or --counts (and no --shards), else pmi",
+    )
+    parser.add_argument(
+        "--window", type=int_or_str, help="passages of the texts: word (default), document, tokens"
+    )
+    parser.add_argument("--counts", nargs="+", help="counts saved before, of parts of the texts")
+    parser.add_argument("--save-counts", help="save the counts of --text here (.safetensors)")
+    parser.add_argument("--lens", help="tuned lens of the SAE's layer, from fastsae train-lens")
     parser.add_argument(
         "--temperature", default="auto", help="auto (std of the logits) or a number"
     )
     parser.add_argument("--top", type=int, default=20, help="words kept per feature (default 20)")
     parser.add_argument("--features", type=int, nargs="+", help="print these features")
+    example_arguments(parser)
     model_arguments(parser)
 
 
 def _run_explain(args) -> None:
-    from fastsae.explain import Vocabulary, explain
+    from fastsae.explain import CorpusCounts, TunedLens, explain
     from fastsae.sae import SAE
 
-    size = args.vocabulary
-    vocab = Vocabulary.default(int(size)) if size.isdecimal() else Vocabulary.from_file(size)
     temperature = _temperature(args.temperature)
     if args.top < 1:
         raise FastsaeError(f"top: got {args.top}, expected a positive integer")
+    texts_given = bool(args.text or args.counts) and not args.shards
+    objective = args.objective or ("corpus-mi" if texts_given else "pmi")
+    from_texts = objective == "corpus-mi"
+    if args.counts and (args.text or args.window is not None or args.save_counts):
+        raise FastsaeError("counts: --text, --window and --save-counts make counts; leave them out")
+    if not (args.text and from_texts) and (args.window is not None or args.save_counts):
+        raise FastsaeError("text: --window and --save-counts need --text and corpus-mi")
+    if from_texts and args.shards:
+        raise FastsaeError("shards: corpus-mi counts in texts and has none; leave --shards out")
+    counts = None
+    if args.counts:
+        counts = CorpusCounts.merge([CorpusCounts.load(path) for path in args.counts])
+    vocab = vocabulary(args) if counts is None else counts.vocab
+    lens = TunedLens.load(args.lens) if args.lens else None
     sae = SAE.from_pretrained(args.sae, args.sae_id)
     model, tokenizer = load_model(args)
+    sae = sae.to(args.device)
+    if from_texts and args.text:
+        counts = _counts(args, sae, model, tokenizer, vocab)
+    how = {"temperature": temperature, "counts": counts, "lens": lens}
+    if args.shards:
+        from fastsae.explain.sharded import explain_sharded
+
+        if lens is not None:
+            lens.check(model, sae.config.hook_name)
+        explain, how = (
+            explain_sharded,
+            {
+                "temperature": temperature,
+                "translator": None if lens is None else lens.directions,
+                "directory": args.shards,
+                "shard": args.shard,
+            },
+        )
     explanations = explain(
         sae,
         model,
         tokenizer,
         vocab,
-        objective=args.objective,
+        objective=objective,
         top=args.top,
-        temperature=temperature,
+        **how,
     )
     if args.output:
         saved = explanations.save(args.output)
         print(f"saved {saved}", file=sys.stderr)
+    after_explain(args, explanations, sae, model, tokenizer)
     shown = args.features if args.features is not None else range(min(10, sae.config.d_sae))
     rows = [
         {"feature": f, "words": explanations.words(f), "scores": explanations.scores_of(f)}
@@ -63,42 +114,20 @@ def _run_explain(args) -> None:
         print(f"{row['feature']:7}  {', '.join(row['words'])}")
 
 
+def _counts(args, sae, model, tokenizer, vocab):
+    from fastsae.data import texts
+    from fastsae.explain import corpus_counts
+
+    window = args.window or "word"
+    counts = corpus_counts(sae, model, tokenizer, texts(args.text), vocab, (window,))[window]
+    print(f"counted {counts.passages:,} passages of {counts.tokens:,} tokens", file=sys.stderr)
+    if args.save_counts:
+        print(f"saved {counts.save(args.save_counts)}", file=sys.stderr)
+    return counts
+
+
 def _temperature(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError:
         raise FastsaeError(f"temperature: got {text!r}, expected auto or a number") from None
-
-
-def add_search(commands) -> None:
-    parser = command(
-        commands,
-        "search",
-        _run_search,
-        "find features by words",
-        'fastsae search words.safetensors "music song" --top 5',
-        json_help="print [{feature, score, words}]",
-    )
-    parser.add_argument("explanations", help="what `fastsae explain --output` wrote")
-    parser.add_argument("query", help="one or more words of the vocabulary")
-    parser.add_argument("--top", type=int, default=10, help="features to list (default 10)")
-    parser.add_argument("--alive-only", action="store_true", help="leave out dead features")
-
-
-def _run_search(args) -> None:
-    from fastsae.explain import Explanations
-
-    explanations = Explanations.load(args.explanations)
-    rows = [
-        {"feature": feature, "score": score, "words": explanations.words(feature)}
-        for feature, score in explanations.search(
-            args.query, top=args.top, alive_only=args.alive_only
-        )
-    ]
-    if args.json:
-        print_json(rows)
-        return
-    for row in rows:
-        print(f"{row['feature']:7}  {row['score']:9.4f}  {', '.join(row['words'][:10])}")
-    if not rows:
-        print("no feature is explained by these words", file=sys.stderr)

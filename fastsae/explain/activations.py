@@ -43,6 +43,7 @@ class _Batch(NamedTuple):
     position: Tensor  # [E] int64
     slot: Tensor  # [E] int64, place in the list of chosen features
     value: Tensor  # [E] float32, > 0
+    documents: list[str]
 
 
 def top_activations(
@@ -121,8 +122,10 @@ def activation_values(
 class _Best:
     """The n best places of each of S features, with the token ids around them."""
 
-    def __init__(self, slots: int, n: int, context: int):
+    def __init__(self, slots: int, n: int, context: int, *, with_values: bool = False):
         self.n, self.context = n, context
+        # The feature's values on every token of a window, where they are wanted.
+        self.around = torch.zeros(slots, n, 2 * context + 1) if with_values else None
         self.values = torch.zeros(slots, n)  # 0: no entry, an activation is positive
         self.documents = torch.zeros(slots, n, dtype=torch.int64)
         self.positions = torch.zeros(slots, n, dtype=torch.int64)
@@ -148,13 +151,27 @@ class _Best:
         merged, order = both.sort(dim=1, descending=True, stable=True)
         order = order[:, : self.n]
         self.values[s] = merged[:, : self.n]
-        for ours, new in (
+        fields = [
             (self.documents, document + batch.first),
             (self.positions, position),
             (self.windows, windows),
-        ):
+        ]
+        if self.around is not None:
+            fields.append((self.around, self._values_around(batch, s, position)))
+        for ours, new in fields:
             both = torch.cat([ours[s], new], 1)
             ours[s] = both[torch.arange(len(s))[:, None], order]
+
+    def _values_around(self, batch: _Batch, slots: Tensor, position: Tensor) -> Tensor:
+        """[s, rows, 2 * context + 1]: the values in the windows around `position` [s, rows]."""
+        rows, length = batch.ids.shape
+        key, order = ((batch.slot * rows + batch.document) * length + batch.position).sort()
+        shift = torch.arange(-self.context, self.context + 1)
+        at = position[:, :, None] + shift
+        wanted = (slots[:, None] * rows + torch.arange(rows))[:, :, None] * length + at
+        place = torch.searchsorted(key, wanted).clamp(max=len(key) - 1)
+        there = (key[place] == wanted) & (at >= 0) & (at < length)
+        return torch.where(there, batch.value[order][place], 0.0)
 
     def entries(self, slot: int, tokenizer) -> list[Activation]:
         found = int((self.values[slot] > 0).sum())
@@ -254,6 +271,7 @@ def _batches(
                     where[:, 1],
                     slot[row, column].cpu(),
                     z.values[row, column].float().cpu(),
+                    documents,
                 )
             first += len(documents)
     finally:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,9 +56,10 @@ class Explanations:
     """The M best words of each of F features.
 
     scores: [F, M] float32, descending; indices: [F, M] int32, positions in `vocab`.
-    objective: "mi" | "pmi" | "paper" | "logit" (fastsae/explain/mi.py states them).
-    temperature: the number that divided the logits ("auto" already resolved; 1.0 for "logit").
+    objective: "corpus-mi" | "mi" | "pmi" | "paper" | "logit" (fastsae/explain/mi.py states them).
+    temperature: the number that divided the logits ("auto" already resolved; 1.0 where unused).
     model_name: the explained model; sae: which SAE; stats: how the features fire, if known.
+    made_with: what else decided the scores, plain data: the lens, or the texts' window and size.
     """
 
     scores: Tensor
@@ -69,6 +70,7 @@ class Explanations:
     model_name: str
     sae: SAEIdentity
     stats: FeatureStats | None = None
+    made_with: dict = field(default_factory=dict)
 
     def __post_init__(self):
         s, i = self.scores, self.indices
@@ -122,8 +124,8 @@ class Explanations:
 
         query: words in one string (spaces or commas between) or a sequence; repeats count once.
         s(f, q) is the feature's score for q when q is among its M kept words. Otherwise it is what
-        an unrelated pair would score (mi, logit: 0; pmi: −log F; paper: −log F / V), or the
-        feature's last kept score if that is lower, because a word that was not kept cannot beat it.
+        an unrelated pair would score (pmi: −log F; paper: −log F / V; others: 0), or the feature's
+        last kept score if that is lower, because a word that was not kept cannot beat it.
         aggregate: "sum", "mean" or "max" of s(f, q) over the query's words; "count": how many of
         them the feature keeps, equal counts ranked by the sum.
         match: "any" returns features that keep at least one of the words, "all" those with all.

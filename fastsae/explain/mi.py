@@ -1,7 +1,8 @@
 """Explain every feature by the vocabulary words that share the most information with it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,13 @@ from fastsae.models import final_norm, hidden_size
 from fastsae.ops.mi import OBJECTIVES, logit_std, mi_topk
 from fastsae.sae import SAE
 
+if TYPE_CHECKING:
+    from fastsae.explain.counts import CorpusCounts
+    from fastsae.explain.lens import TunedLens
+
 NORM_ROWS = 8192
+# What won in benchmarks/results/explanations.json with texts, and without.
+WITH_TEXTS, WITHOUT_TEXTS = "corpus-mi", "pmi"
 
 
 @torch.no_grad()
@@ -75,54 +82,90 @@ def explain(
     model,
     tokenizer,
     vocab: Vocabulary | Sequence[str] | None = None,
-    objective: str = "mi",
+    objective: str | None = None,
     top: int = 20,
     *,
+    texts: Iterable[str] | None = None,
+    window: int | str = "word",
+    counts: "CorpusCounts | None" = None,
     temperature: float | str = "auto",
+    lens: "TunedLens | None" = None,
     translator: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> Explanations:
-    """score(f, v) = p(v|f) · (log p(f|v) + log F) for every feature f; its `top` words v are kept.
+    """The `top` words v of the largest score(f, v) for every feature f.
 
     L[f, v] = ⟨feature_f, word_v⟩ (`feature_vectors`, `word_vectors`), p(v|f) = softmax_v(L/T),
     p(f|v) = softmax_f(L/T), with a uniform prior over the F features.
 
     | objective | score(f, v) |
     |---|---|
-    | "mi"    | the formula above: the word's contribution to I(V; F), times F (nats) |
+    | "corpus-mi" | ± I(v occurs; f is active) over passages of texts, in nats, minus where they
+    avoid each other (`corpus_counts`, `signed_information`). Needs `texts` or `counts` |
+    | "mi"    | p(v|f) · (log p(f|v) + log F): the word's contribution to I(V; F), times F (nats) |
     | "pmi"   | log p(f|v): how strongly the word points to this feature among all features |
     | "logit" | L, the logit lens |
     | "paper" | p(v|f) · log p(f|v), the ranking as published. It lost the constant log F, so it is
     never positive and its largest values belong to the words with p(v|f) ≈ 0: it lists the words
     *least* related to the feature. For comparison only |
 
-    sae: an SAE on the residual stream of `model` (a Hugging Face causal LM; only its final norm and
-    output embedding are read, no forward pass). vocab: a Vocabulary or words; default
-    `Vocabulary.default(5000)`. top: words per feature, at most the vocabulary's size.
-    temperature: T, or "auto" for the standard deviation of L over all pairs; "logit" does not use
-    it. translator: as in `feature_vectors`. device: where to compute (default: the SAE's).
+    objective: default "corpus-mi" when texts or counts are given, else "pmi": what names the words
+    that activate a feature in held-out text best (docs/explain.md).
+    sae: an SAE on the residual stream of `model`, a Hugging Face causal LM; "corpus-mi" runs it on
+    the texts, the others read its final norm and output embedding only. vocab: a Vocabulary or
+    words; default `Vocabulary.default(5000)`. top: words per feature, at most the vocabulary's.
+    texts, window: as in `corpus_counts`; counts: made before, of the same SAE and vocabulary.
+    temperature: T, or "auto" for the standard deviation of L over all pairs; "logit" and
+    "corpus-mi" do not use it. lens: a TunedLens of the SAE's layer, or translator: any map as in
+    `feature_vectors`; of the objectives that read L. device: where to compute (default: the SAE's).
     Deterministic; ties go to the lower word index.
     Raises FastsaeError for a mistake in any argument.
 
     >>> ex = explain(sae, model, tokenizer, Vocabulary.default(5000))  # doctest: +SKIP
     >>> ex.words(7)[:3], ex.search("music guitar", top=5)  # doctest: +SKIP
     """
+    from_texts = texts is not None or counts is not None
+    objective = objective or (WITH_TEXTS if from_texts else WITHOUT_TEXTS)
+    if vocab is None and counts is not None:
+        vocab = counts.vocab
     vocab = _checked(objective, top, vocab)
-    features = feature_vectors(sae, model, translator=translator, device=device)
-    words = word_vectors(model, tokenizer, vocab).to(features.device)
-    if objective == "logit":
+    made_with: dict[str, object] = {}
+    if objective == WITH_TEXTS:
+        if lens is not None or translator is not None:
+            raise FastsaeError('lens: "corpus-mi" reads texts, not logits; leave the lens out')
+        counts = _counts(sae, model, tokenizer, vocab, texts, window, counts)
+        scores, indices = counts.top(min(top, len(vocab)))
         temperature = 1.0
-    elif temperature == "auto":
-        temperature = logit_std(features, words)
-    scores, indices = mi_topk(
-        features,
-        words,
-        min(top, len(vocab)),
-        objective=objective,
-        temperature=temperature,
-        backend=backend,
-    )
+        made_with = {
+            "window": counts.window, "passages": counts.passages, "tokens": counts.tokens,
+        }  # fmt: skip
+    else:
+        if from_texts:
+            raise FastsaeError(
+                f'texts, counts: objective "{objective}" reads none; leave them out, or use '
+                '"corpus-mi"'
+            )
+        if lens is not None:
+            if translator is not None:
+                raise FastsaeError("lens, translator: give one of the two")
+            lens.check(model, sae.config.hook_name)
+            translator = lens.directions
+            made_with = {"lens": {"hook": lens.hook, "digest": lens.digest}}
+        features = feature_vectors(sae, model, translator=translator, device=device)
+        words = word_vectors(model, tokenizer, vocab).to(features.device)
+        if objective == "logit":
+            temperature = 1.0
+        elif temperature == "auto":
+            temperature = logit_std(features, words)
+        scores, indices = mi_topk(
+            features,
+            words,
+            min(top, len(vocab)),
+            objective=objective,
+            temperature=temperature,
+            backend=backend,
+        )
     stats = sae.stats
     return Explanations(
         scores.float().cpu(),
@@ -133,12 +176,34 @@ def explain(
         _name_of(model),
         identity_of(sae),
         None if stats is None else stats._replace(**_on_cpu(stats)),
+        made_with,
     )
 
 
+def _counts(sae, model, tokenizer, vocab, texts, window, counts) -> "CorpusCounts":
+    """The counts given, checked, or those of the texts."""
+    if counts is None:
+        if texts is None:
+            raise FastsaeError(
+                'texts: objective "corpus-mi" counts words and features in texts; give texts= or '
+                "counts=, or use an objective that needs none (pmi)"
+            )
+        from fastsae.explain.corpus import corpus_counts
+
+        return corpus_counts(sae, model, tokenizer, texts, vocab, (window,))[window]
+    if texts is not None:
+        raise FastsaeError("texts, counts: give one of the two")
+    if counts.sae.digest != identity_of(sae).digest:
+        raise FastsaeError("counts: made with another SAE; count again with this one")
+    if counts.vocab.words != vocab.words:
+        raise FastsaeError("counts: made with another vocabulary; leave vocab out, or count again")
+    return counts
+
+
 def _checked(objective: str, top: int, vocab: Vocabulary | Sequence[str] | None) -> Vocabulary:
-    if objective not in OBJECTIVES:
-        raise FastsaeError(f"objective: got {objective!r}, accepted are {', '.join(OBJECTIVES)}")
+    known = (*OBJECTIVES, WITH_TEXTS)
+    if objective not in known:
+        raise FastsaeError(f"objective: got {objective!r}, accepted are {', '.join(known)}")
     if isinstance(top, bool) or not isinstance(top, int) or top < 1:
         raise FastsaeError(f"top: got {top!r}, accepted is an integer of 1 or more")
     if vocab is None:

@@ -35,6 +35,7 @@ def _metadata(ex: Explanations) -> dict:
             "words": ex.vocab.words,
             "frequencies": ex.vocab.frequencies,
         },
+        "made_with": ex.made_with,
         "stats_tokens": None if ex.stats is None else ex.stats.tokens,
     }
 
@@ -53,6 +54,7 @@ def _build(meta: dict, scores, indices, stats: dict | None) -> Explanations:
         meta["model_name"],
         SAEIdentity(**meta["sae"]),
         stats,
+        meta.get("made_with", {}),
     )
 
 
@@ -64,7 +66,7 @@ def _stats_tensors(ex: Explanations) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block succeeds."""
     if not path.parent.is_dir():
         raise FastsaeError(f"{path}: the folder {path.parent} does not exist; create it first")
@@ -91,7 +93,7 @@ def save(ex: Explanations, path: Path) -> Path:
         path = path / FILE_NAME
     tensors = {"scores": ex.scores.contiguous(), "indices": ex.indices.contiguous()}
     tensors |= {f"stats.{name}": t for name, t in _stats_tensors(ex).items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(_metadata(ex))})
     return path
 
@@ -117,7 +119,7 @@ def to_json(
     ]
     text = json.dumps(_metadata(ex) | {"features": entries}, ensure_ascii=False)
     if path is not None:
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return text
 

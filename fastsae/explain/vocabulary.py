@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from fastsae.errors import FastsaeError
 # A space inside a token: metaspace (Gemma, Llama), byte-level BPE (GPT-2), byte fallback.
 _BLANKS = ("▁", "Ġ", "<0x20>")
 _ANCHOR = "a"
+# How Unicode's names of letters begin in the scripts that write no space between words.
+_UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 
 
 @dataclass(frozen=True)
@@ -64,35 +67,36 @@ class Vocabulary:
             object.__setattr__(self, "frequencies", frequencies)
 
     @classmethod
-    def default(cls, n: int = 5000) -> "Vocabulary":
-        """The n most frequent English words: ASCII letters only, at least two, lower case.
+    def default(
+        cls,
+        n: int = 5000,
+        language: str = "en",
+        *,
+        letters: str | None = None,
+        merge_inflections: bool = False,
+    ) -> "Vocabulary":
+        """The n most frequent words of a language (usual: 1 000 to 50 000), with frequencies.
 
-        Order: frequency, then the order of the `wordfreq` list; the same on every machine that has
-        the same wordfreq. Raises FastsaeError when wordfreq is missing or has fewer words.
+        Words are lower case, of letters only, at least two of them. language: a code of
+        `Vocabulary.languages()`. letters: "ascii" (default for English) or "alphabetic", the
+        letters of any script (default for other languages).
+        merge_inflections: words of one Snowball stem become one, the most frequent form, with the
+        sum of the frequencies of the forms met before the n-th word; needs snowballstemmer.
+        Order: frequency of the form, then the order of the `wordfreq` list; the same on every
+        machine that has the same packages. Raises FastsaeError for a package that is missing, and
+        when the list is shorter than n.
         """
-        try:
-            import wordfreq
-        except ImportError:
-            raise FastsaeError(
-                "Vocabulary.default needs the wordfreq package: pip install wordfreq "
-                "(or give your own words: Vocabulary.from_file(path))"
-            ) from None
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise FastsaeError(f"n: got {n!r}, accepted is an integer of 1 or more")
-        known = wordfreq.get_frequency_dict("en", wordlist="best")
-        words: dict[str, float] = {}
-        for entry in wordfreq.iter_wordlist("en", wordlist="best"):
-            if len(words) == n:
-                break
-            word = entry.lower()
-            if len(word) >= 2 and word.isascii() and word.isalpha():
-                words.setdefault(word, known[entry])
-        if len(words) < n:
-            raise FastsaeError(
-                f"n: got {n}, wordfreq has {len(words)} English words; ask for fewer"
-            )
-        version = getattr(wordfreq, "__version__", None) or _version("wordfreq")
-        return cls(tuple(words), tuple(words.values()), f"wordfreq {version} en, top {n}")
+        from fastsae.explain.wordlists import frequent_words
+
+        words, source = frequent_words(n, language, letters, merge_inflections)
+        return cls(tuple(words), tuple(words.values()), source)
+
+    @staticmethod
+    def languages() -> list[str]:
+        """Codes of the languages that `default` has words of."""
+        from fastsae.explain.wordlists import languages
+
+        return languages()
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Vocabulary":
@@ -167,15 +171,6 @@ class Vocabulary:
         )
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of unknown version"
-
-
 def _parse_line(path: Path, number: int, line: str) -> tuple[int, str, float | None] | None:
     fields = line.split()
     comment = next((i for i, f in enumerate(fields) if f.startswith("#")), len(fields))
@@ -201,7 +196,8 @@ def _parse_line(path: Path, number: int, line: str) -> tuple[int, str, float | N
 def word_tokens(tokenizer, words: Iterable[str]) -> list[list[int]]:
     """Token ids of each word as the model meets it inside a text: those of `" " + word`.
 
-    No special tokens. A tokenizer that sets the space apart (`["▁", "▁word"]`, because it puts a
+    Words of scripts without spaces (Chinese, Japanese, Thai, ...) are tokenized without one. No
+    special tokens. A tokenizer that sets the space apart (`["▁", "▁word"]`, because it puts a
     space before every text, or because no joint token exists) is asked for the word behind another
     word; a space that still stands alone is dropped. `tokenizer` is a Hugging Face tokenizer, slow
     or fast. Raises FastsaeError for words without any token or of unknown tokens only.
@@ -213,12 +209,12 @@ def word_tokens(tokenizer, words: Iterable[str]) -> list[list[int]]:
     def encode(texts):
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    ids = [list(row) for row in encode([f" {word}" for word in words])]
+    ids = [list(row) for row in encode([_in_text(word) for word in words])]
     is_blank = _blank_test(tokenizer)
     split = [i for i, row in enumerate(ids) if len(row) > 1 and is_blank(row[0])]
     if split:
         anchor = list(encode([_ANCHOR])[0])
-        behind = encode([f"{_ANCHOR} {words[i]}" for i in split])
+        behind = encode([_ANCHOR + _in_text(words[i]) for i in split])
         for i, row in zip(split, behind, strict=True):
             row = list(row)
             if row[: len(anchor)] == anchor and len(row) > len(anchor):
@@ -233,6 +229,11 @@ def word_tokens(tokenizer, words: Iterable[str]) -> list[list[int]]:
             f"{', ...' if len(bad) > 5 else ''}); remove them from the vocabulary"
         )
     return ids
+
+
+def _in_text(word: str) -> str:
+    spaced = not unicodedata.name(word[0], "").startswith(_UNSPACED)
+    return f" {word}" if spaced else word
 
 
 def _blank_test(tokenizer):

@@ -4,54 +4,91 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastsae.errors import FastsaeError
+from fastsae.formats import convert, open_checkpoint
 from fastsae.ops import screens
-from fastsae.sae import SAE
 
 
 def describe(
-    path_or_repo: str | Path, sae_id: str | None = None, *, revision: str | None = None
+    path_or_repo: str | Path,
+    sae_id: str | None = None,
+    *,
+    format: str | None = None,
+    revision: str | None = None,
+    compat: str = "authors",
+    overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Shapes, activation, hook point, norms, size and feature statistics of an SAE checkpoint.
+    """Family, shapes, activation, hook point, norms, size and statistics of an SAE checkpoint.
 
     Sizes are in bytes. `screen_copies_on_a_cpu` is what encoding on a CPU may add to the weights.
     """
-    sae = SAE.from_pretrained(path_or_repo, sae_id, revision=revision)
-    c = sae.config
-    state = {name: t.detach() for name, t in sae.state_dict().items()}
+    source, family = open_checkpoint(
+        path_or_repo, sae_id, format, revision, compat=compat, overrides=overrides
+    )
+    c, state, stats = convert(source, family)
+    stored = sorted({_dtype(t) for t in source.tensors.values() if isinstance(t, Tensor)})
     found: dict[str, Any] = {
-        "source": str(path_or_repo) + (f"/{sae_id}" if sae_id else ""),
+        "source": source.source,
+        "family": family.NAME,
         "activation": c.activation,
         "k": c.k,
         "d_in": c.d_in,
         "d_sae": c.d_sae,
+        "d_out": c.width_out,
+        "kind": "autoencoder" if c.d_out is None else "transcoder",
         "hook_name": c.hook_name,
+        "hook": _hook(c.hook_name),
+        "hook_name_out": c.hook_name_out,
+        "hook_out": _hook(c.hook_name_out),
         "model_name": c.model_name,
         "apply_b_dec_to_input": c.apply_b_dec_to_input,
+        "normalization": c.normalization,
+        "skip": c.skip,
+        "reshape": c.reshape,
+        "dtype_in_file": ", ".join(stored),
+        "bytes_in_file": Path(source.source).stat().st_size,
         "parameters": sum(t.numel() for t in state.values()),
-        "bytes_in_memory": sum(t.numel() * t.element_size() for t in state.values()),
-        "screen_copies_on_a_cpu": _screen_copies(state["W_enc"]),
+        "bytes_in_memory": sum(t.numel() * 4 for t in state.values()),
+        "screen_copies_on_a_cpu": _screen_copies(state["W_enc"].float().contiguous()),
         "norms": {
-            "W_enc rows": _spread(state["W_enc"].norm(dim=1)),
-            "W_dec rows": _spread(state["W_dec"].norm(dim=1)),
-            "b_enc": float(state["b_enc"].norm()),
-            "b_dec": float(state["b_dec"].norm()),
+            "W_enc rows": _spread(state["W_enc"].float().norm(dim=1)),
+            "W_dec rows": _spread(state["W_dec"].float().norm(dim=1)),
+            "b_enc": float(state["b_enc"].float().norm()),
+            "b_dec": float(state["b_dec"].float().norm()),
         },
         "statistics": None,
         "metadata": c.metadata,
     }
-    if c.has_threshold:
-        found["threshold"] = _spread(state["threshold"])
-    if sae.stats is not None:
-        alive = sae.stats.frequency > 0
+    for name in ("threshold", "activation_scale"):
+        if name in state:
+            found[name] = _spread(state[name])
+    if stats is not None:
+        alive = stats.frequency > 0
         found["statistics"] = {
-            "tokens": sae.stats.tokens,
+            "tokens": stats.tokens,
             "dead_share": float((~alive).float().mean()),
-            "mean_l0": float(sae.stats.frequency.sum()),
-            "mean activation of alive features": _spread(sae.stats.mean[alive]),
-            "max activation of alive features": _spread(sae.stats.max[alive]),
+            "mean_l0": float(stats.frequency.sum()),
+            "mean activation of alive features": _spread(stats.mean[alive]),
+            "max activation of alive features": _spread(stats.max[alive]),
         }
     return found
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _hook(name: str | None) -> dict[str, Any] | None:
+    """A hook point in other notations; None where the name is in none that we know."""
+    from fastsae.hookpoints import HookPoint
+
+    try:
+        point = HookPoint.parse(name)
+    except FastsaeError:
+        return None
+    return {"layer": point.layer, "huggingface": point.hf, "transformer_lens": point.tl}
 
 
 def _screen_copies(W_enc: torch.Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from fastsae.ops import schema as _schema  # noqa: F401  registers the ops
 from fastsae.ops.backend import BackendError
 from fastsae.ops.decode import decode, gather_dot, sparse_outer
-from fastsae.ops.encode import encode_threshold, encode_topk
+from fastsae.ops.encode import encode_threshold, encode_threshold_padded, encode_topk
 from fastsae.ops.mi import mi_topk
 from fastsae.ops.steer import SteerTable, steer
 from fastsae.ops.topk import topk
@@ -13,6 +13,7 @@ __all__ = [
     "SteerTable",
     "decode",
     "encode_threshold",
+    "encode_threshold_padded",
     "encode_topk",
     "gather_dot",
     "mi_topk",

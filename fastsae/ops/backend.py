@@ -26,7 +26,8 @@ _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "topk": ("topk", ("_topk_rows",)),
     "encode_topk": ("encode", ("_encode_topk",)),
-    "encode_threshold": ("encode", ("_encode_threshold",)),
+    "encode_threshold": ("encode_threshold", ("_encode_threshold",)),
+    "encode_threshold_padded": ("encode_threshold", ("_encode_threshold",)),
     "decode": ("decode", ("_decode_rows",)),
     "gather_dot": ("decode", ("_gather_dot",)),
     "sparse_outer": ("sparse_outer", ("_sparse_outer",)),
@@ -145,6 +146,11 @@ def implementation(op: str, name: str) -> Callable:
     else:
         module = importlib.import_module(f"fastsae.ops.{name}")
     return getattr(module, op)
+
+
+def kernel(stem: str, name: str) -> Callable:
+    """The Triton function `name` of kernels/<stem>.py, for leaf ops that CUDA serves in Triton."""
+    return getattr(importlib.import_module(f"fastsae.kernels.{stem}"), name)
 
 
 def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | None:

@@ -31,3 +31,21 @@ def pad(values: Tensor, indices: Tensor, row_offsets: Tensor) -> tuple[Tensor, T
     padded[row, slot] = values
     columns[row, slot] = indices
     return padded, columns
+
+
+def fit(values, indices, row_offsets, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """values [N, capacity], indices [N, capacity] and the true counts [N]: rows are cut to
+    `capacity`; the rest is value 0 at the lowest indices that the row does not use, ascending."""
+    counts = row_offsets.diff().to(torch.int32)
+    row, slot = entries(row_offsets, values.numel())
+    inside = slot < capacity
+    row, slot, values, indices = row[inside], slot[inside], values[inside], indices[inside]
+    used = torch.zeros(counts.numel(), capacity + 1, dtype=torch.uint8, device=values.device)
+    used[row, indices.long().clamp(max=capacity)] = 1
+    unused = torch.argsort(used[:, :capacity], dim=1, stable=True)
+    place = torch.arange(capacity, device=values.device) - counts[:, None]
+    columns = unused.gather(1, place.clamp(min=0)).to(torch.int32)
+    padded = values.new_zeros(counts.numel(), capacity)
+    padded[row, slot] = values
+    columns[row, slot] = indices
+    return padded, columns, counts

@@ -74,6 +74,57 @@ def encode_threshold(
     [[2.0, 3.0], [0, 2], [0, 1, 2]]
     """
     flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
+    threshold = _thresholds(threshold, x, W_enc)
+    op = torch.ops.fastsae.encode_threshold
+    with _training(W_enc):
+        return op(flat, W_enc, b_enc, threshold, b_dec, backend or "")
+
+
+def encode_threshold_padded(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor | float,
+    capacity: int,
+    *,
+    b_dec: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`encode_threshold` in a fixed shape: at most `capacity` active latents per row.
+
+    Arguments as there; 1 ≤ capacity ≤ F. Returns values [..., capacity] float32, indices
+    [..., capacity] int32 (ascending) and counts [...] int32. The rest of a row is padding: value 0
+    at the lowest indices that the row does not use. `counts` holds the *true* number of active
+    latents; where it exceeds `capacity` the row has its first ones only, and the call raises
+    FastsaeError, except under CUDA-graph capture and torch.compile, which cannot: there a caller
+    looks at `counts`. Under capture nothing synchronises, and no shape depends on data.
+
+    Gradients: as for `encode_threshold`.
+
+    >>> W, x = torch.eye(3), torch.tensor([[2.0, -1.0, 0.5], [0.5, 0.0, 3.0]])
+    >>> [t.tolist() for t in encode_threshold_padded(x, W, torch.zeros(3), 0.5, 2)]
+    [[[2.0, 0.0], [3.0, 0.0]], [[0, 1], [2, 0]], [1, 1]]
+    """
+    flat, W_enc, b_enc, b_dec = _arguments(x, W_enc, b_enc, b_dec)
+    threshold = _thresholds(threshold, x, W_enc)
+    capacity = check.count("capacity", capacity, W_enc.shape[0], "d_sae")
+    op = torch.ops.fastsae.encode_threshold_padded
+    with _training(W_enc):
+        values, indices, counts = op(flat, W_enc, b_enc, threshold, capacity, b_dec, backend or "")
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not captured and counts.numel():
+        most = int(counts.max())
+        if most > capacity:
+            raise FastsaeError(
+                f"capacity: got {capacity}, but a row has {most} active latents; pass at least "
+                "that, or call encode_threshold"
+            )
+    shape = (*x.shape[:-1], capacity)
+    return values.view(shape), indices.view(shape), counts.view(x.shape[:-1])
+
+
+def _thresholds(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
+    """threshold [F], contiguous."""
     if isinstance(threshold, numbers.Real):
         threshold = torch.tensor(float(threshold), device=x.device)
     check.floating("threshold", threshold)
@@ -81,9 +132,7 @@ def encode_threshold(
         threshold = threshold.expand(W_enc.shape[0])
     threshold = check.vector("threshold", threshold, W_enc.shape[0])
     check.same_device(x=x, threshold=threshold)
-    op = torch.ops.fastsae.encode_threshold
-    with _training(W_enc):
-        return op(flat, W_enc, b_enc, threshold, b_dec, backend or "")
+    return threshold
 
 
 def _training(W_enc: Tensor):

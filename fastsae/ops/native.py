@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsae.ops import extension, screens
+from fastsae.ops import csr, extension, screens
 from fastsae.ops.reference import full_precision
 
 TILE_ROWS = 8  # more rows are screened in AMX tiles where there are any,
@@ -91,6 +91,12 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
         return _leaf._encode_threshold(x, W_enc, b_enc.float(), shift, threshold.float(), *screen)
 
     return _screened(run, x, W_enc, shift)
+
+
+def encode_threshold_padded(
+    x, W_enc, b_enc, threshold, capacity, b_dec=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return csr.fit(*encode_threshold(x, W_enc, b_enc, threshold, b_dec), capacity)
 
 
 def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, ...]:

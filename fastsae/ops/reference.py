@@ -14,6 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastsae.ops import csr
+
 TILE_BYTES = 64 << 20
 
 
@@ -151,6 +153,12 @@ def encode_threshold(x, W_enc, b_enc, threshold, b_dec=None) -> tuple[Tensor, Te
         empty = torch.empty(0, dtype=dtype, device=x.device)
         return empty, empty.to(torch.int32), counts[0]
     return torch.cat(values), torch.cat(indices), torch.cat(counts).cumsum(0)
+
+
+def encode_threshold_padded(
+    x, W_enc, b_enc, threshold, capacity, b_dec=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return csr.fit(*encode_threshold(x, W_enc, b_enc, threshold, b_dec), capacity)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ leading dimensions.
 import torch
 from torch import Tensor
 
-from fastsae.ops import backend, csr
+from fastsae.ops import backend, csr, residual
 from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
@@ -20,6 +20,8 @@ for schema in (
     " str backend) -> (Tensor values, Tensor indices)",
     "encode_threshold(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? b_dec,"
     " str backend) -> (Tensor values, Tensor indices, Tensor row_offsets)",
+    "encode_threshold_padded(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, int capacity,"
+    " Tensor? b_dec, str backend) -> (Tensor values, Tensor indices, Tensor counts)",
     "csr_to_padded(Tensor values, Tensor indices, Tensor row_offsets)"
     " -> (Tensor values, Tensor indices)",
     "decode(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, str backend) -> Tensor",
@@ -29,6 +31,8 @@ for schema in (
     "mi_topk(Tensor features, Tensor words, int top, str objective, float temperature, str backend)"
     " -> (Tensor scores, Tensor indices)",
     "steer(Tensor x, Tensor slots, Tensor strengths, Tensor[] table, str backend) -> Tensor",
+    "steer_residual_(Tensor(a!) hidden, Tensor(b!)? residual, Tensor active, Tensor slots,"
+    " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k) -> ()",
 ):
     lib.define(schema)
 
@@ -80,6 +84,11 @@ def _encode_threshold(x, W_enc, b_enc, threshold, b_dec, which):
     return backend.call("encode_threshold", which, (x, W_enc), x, W_enc, b_enc, threshold, b_dec)
 
 
+def _encode_threshold_padded(x, W_enc, b_enc, threshold, capacity, b_dec, which):
+    arguments = (x, W_enc, b_enc, threshold, capacity, b_dec)
+    return backend.call("encode_threshold_padded", which, (x, W_enc), *arguments)
+
+
 def _decode(values, indices, W_dec, b_dec, which):
     return backend.call("decode", which, (values, W_dec), values, indices, W_dec, b_dec)
 
@@ -106,15 +115,24 @@ for name, function in (
     ("topk", _topk),
     ("encode_topk", _encode_topk),
     ("encode_threshold", _encode_threshold),
+    ("encode_threshold_padded", _encode_threshold_padded),
     ("csr_to_padded", csr.pad),  # moves numbers, computes none: plain torch on every device
     ("decode", _decode),
     ("gather_dot", _gather_dot),
     ("sparse_outer", _sparse_outer),
     ("mi_topk", _mi_topk),
     ("steer", _steer),
+    ("steer_residual_", residual.steer_residual),  # where to steer; `steer` chooses the backend
 ):
     lib.impl(name, function, "CPU")
     lib.impl(name, function, "CUDA")
+
+
+def _code_gradients(values, indices, g, x, W):
+    return backend.kernel("sparse_outer", "code_gradients")(values, indices, g, x, W)
+
+
+lib.impl("_code_gradients", _code_gradients, "CUDA")  # csrc/ has it for the CPU
 
 
 # --- fakes: shapes and dtypes for torch.compile and export -------------------------------------
@@ -147,6 +165,13 @@ def _(x, W_enc, b_enc, threshold, b_dec, backend):
         x.new_empty(nnz, dtype=torch.int32),
         x.new_empty(x.shape[0] + 1, dtype=torch.int64),
     )
+
+
+@_fake("encode_threshold_padded")
+def _(x, W_enc, b_enc, threshold, capacity, b_dec, backend):
+    shape = x.shape[0], capacity
+    integers = x.new_empty(shape, dtype=torch.int32), x.new_empty(shape[0], dtype=torch.int32)
+    return x.new_empty(shape, dtype=_float(x, W_enc)), *integers
 
 
 @_fake("csr_to_padded")
@@ -182,6 +207,11 @@ def _(features, words, top, objective, temperature, backend):
 @_fake("steer")
 def _(x, slots, strengths, table, backend):
     return torch.empty_like(x)
+
+
+@_fake("steer_residual_")
+def _(hidden, residual, active, slots, strengths, table, stages, members, k):
+    return None
 
 
 # --- gradients: every differentiable input of every differentiable output ----------------------
@@ -305,12 +335,34 @@ def _encode_threshold_backward(ctx, dvalues, _dindices, _doffsets):
     return dx, dW, db_enc, None, db_dec, None
 
 
+def _encode_threshold_padded_setup(ctx, inputs, output):
+    x, W_enc, b_enc, _threshold, _capacity, b_dec, which = inputs
+    _values, indices, counts = output
+    ctx.save_for_backward(x, W_enc, b_dec, indices, counts)
+    ctx.which, ctx.bias_dtype = which, b_enc.dtype
+    ctx.needs_b_dec = ctx.needs_input_grad[5]
+    ctx.mark_non_differentiable(indices, counts)
+
+
+def _encode_threshold_padded_backward(ctx, dvalues, _dindices, _dcounts):
+    x, W_enc, b_dec, indices, counts = ctx.saved_tensors
+    slot = torch.arange(indices.shape[1], device=indices.device)
+    active = torch.where(slot < counts[:, None], dvalues, 0)
+    dx, dW, db_enc, db_dec = _encode_backward(ctx, active, indices, x, W_enc, b_dec)
+    return dx, dW, db_enc, None, None, db_dec, None
+
+
 for name, backward, setup in (
     ("decode", _decode_backward, _decode_setup),
     ("gather_dot", _gather_dot_backward, _gather_dot_setup),
     ("sparse_outer", _sparse_outer_backward, _sparse_outer_setup),
     ("encode_topk", _encode_topk_backward, _encode_topk_setup),
     ("encode_threshold", _encode_threshold_backward, _encode_threshold_setup),
+    (
+        "encode_threshold_padded",
+        _encode_threshold_padded_backward,
+        _encode_threshold_padded_setup,
+    ),
     ("csr_to_padded", _csr_backward, _csr_setup),
 ):
     torch.library.register_autograd(f"fastsae::{name}", backward, setup_context=setup, lib=lib)

@@ -16,6 +16,7 @@ An edit of a few single weights in such a way can escape both: call `clear()` af
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 
 import torch
@@ -90,11 +91,15 @@ def enabled() -> bool:
 @contextlib.contextmanager
 def paused():
     """No copy is made or used by this thread: the weights are being trained."""
-    before, _local.paused = getattr(_local, "paused", False), True
+    places = [_local] + [copies.local for copies in _on_gpus()]
+    before = [getattr(place, "paused", False) for place in places]
+    for place in places:
+        place.paused = True
     try:
         yield
     finally:
-        _local.paused = before
+        for place, value in zip(places, before, strict=True):
+            place.paused = value
 
 
 def size(W: Tensor, kind: str) -> int:
@@ -108,13 +113,21 @@ def size(W: Tensor, kind: str) -> int:
 def total_bytes() -> int:
     """Memory that all copies take now."""
     with _lock:
-        return sum(weights.bytes() for weights in _seen.values())
+        here = sum(weights.bytes() for weights in _seen.values())
+    return here + sum(copies.total_bytes() for copies in _on_gpus())
 
 
 def clear() -> None:
     """Drops every copy; they come back when they are needed."""
     with _lock:
         _seen.clear()
+    for copies in _on_gpus():
+        copies.clear()
+
+
+def _on_gpus() -> list:
+    """The module that holds the copies of the Triton kernels, once one of them has run."""
+    return [sys.modules[name] for name in ("fastsae.kernels.copies",) if name in sys.modules]
 
 
 def find(W: Tensor, kind: str) -> Found | None:

@@ -76,7 +76,7 @@ def add_admin_routes(app: FastAPI, server) -> None:
             "running": server.running,
             "policies": [entry.id for entry in server.store.all()],
             "latency_guard_open": server.guard.exceeded(),
-            "steering": server.engine.handle.counters(),
+            "steered_tokens": server.engine.counters(),
         }
 
 

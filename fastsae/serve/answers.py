@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from fastsae.serve.engine import Job
 from fastsae.serve.errors import ApiError
 from fastsae.serve.running import Piece, merged
+from fastsae.serve.seats import Job
 from fastsae.serve.state import Server
 
 

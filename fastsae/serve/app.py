@@ -108,6 +108,8 @@ def create_app(
 
     @app.get("/metrics")
     async def metrics():
+        for policy, tokens in engine.counters().items():
+            server.metrics.steered.labels(policy).set(tokens)
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
 
     add_admin_routes(app, server)

@@ -1,33 +1,16 @@
 """A Hugging Face model under continuous batching, each request steered by its own policy."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastsae.errors import FastsaeError
 from fastsae.sae import SAE
-from fastsae.serve.control import Decision
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling, sampler
+from fastsae.serve.seats import EngineError, Job, Seats
 
 PAGE = 64  # tokens of a block of the cache
-
-
-class EngineError(RuntimeError):
-    """A request that the engine could not finish."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One prompt to continue. Ends at an end-of-sequence token or after max_tokens."""
-
-    tokens: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    decision: Decision
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Engine:
@@ -60,6 +43,9 @@ class Engine:
         longest = getattr(config, "max_position_embeddings", None) or cache_tokens
         self.context = min(longest, cache_tokens)
         self._sampling: dict[str, Sampling] = {}
+        self._seats = Seats(self.handle)
+        self._admissions: list[tuple[Job, asyncio.Future]] = []
+        self._admitting: asyncio.Task | None = None
         # Two requests with one prompt and two policies must not share what was computed of it; and
         # the sampler and the policies of a step are set on the host, between steps.
         self._batching = ContinuousBatchingConfig(
@@ -78,7 +64,7 @@ class Engine:
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the entry's policy cannot be applied here."""
-        self.handle.check(entry.policy, entry.layer)
+        self._seats.check(entry)
 
     def start(self) -> None:
         self.manager = self.model.init_continuous_batching(
@@ -104,37 +90,25 @@ class Engine:
     async def run(self, job: Job) -> AsyncIterator[int]:
         """The job's tokens as they are drawn, its end-of-sequence token included.
 
-        Leaving the iteration cancels the job. Raises EngineError when it fails.
+        Leaving the iteration cancels the job. Raises EngineError when it fails, and when fewer of
+        its tokens were steered than its policy asks for; EngineFull when its policy finds no room.
         """
         if not self.alive:
             raise EngineError("the engine is not running")
         results: asyncio.Queue = asyncio.Queue()
         self._sampling[job.id] = job.sampling
-        decision, ended, given = job.decision, False, 0
-        if decision.steered:
-            self.handle.admit(
-                job.id,
-                decision.entry.layer,
-                decision.entry.policy,
-                decision.strength,
-                len(job.tokens),
-            )
+        ended, drawn = False, 0
         try:
             self.manager.register_result_handler(job.id, results.put_nowait)
-            self.manager.add_request(
-                list(job.tokens),
-                request_id=job.id,
-                max_new_tokens=job.max_tokens,
-                streaming=True,
-                eos_token_id=list(self.eos) or -1,
-            )
+            await self._admit(job)
             while not ended:
                 output = await results.get()
                 ended = output.is_finished()
                 if output.error:
                     raise EngineError(output.error)
-                for token in output.generated_tokens[given:]:
-                    given += 1
+                for token in output.generated_tokens[drawn:]:
+                    drawn += 1
+                    self._seats.verify(job, drawn)
                     yield token
         finally:
             if not ended and self.manager is not None:
@@ -142,8 +116,48 @@ class Engine:
                 with self.manager.output_router._lock:
                     self.manager.output_router.result_handlers.pop(job.id, None)
             self._sampling.pop(job.id, None)
-            if decision.steered:
-                self.handle.dismiss(job.id)
+            self._seats.leave(job)
+
+    async def _admit(self, job: Job) -> None:
+        """Seats the job between two steps; jobs that arrive meanwhile are seated together."""
+        seated = asyncio.get_running_loop().create_future()
+        self._admissions.append((job, seated))
+        if self._admitting is None or self._admitting.done():
+            self._admitting = asyncio.create_task(self._admit_all())
+        await seated
+
+    async def _admit_all(self) -> None:
+        while self._admissions:
+            arrived, self._admissions = self._admissions, []
+            errors = await asyncio.to_thread(self._seat, [job for job, _ in arrived])
+            for (_, seated), error in zip(arrived, errors, strict=True):
+                if seated.cancelled():
+                    continue
+                if error is None:
+                    seated.set_result(None)
+                else:
+                    seated.set_exception(error)
+
+    def _seat(self, jobs: list[Job]) -> list[Exception | None]:
+        try:
+            with self.manager.pause():
+                errors = self._seats.take(jobs, self.manager)
+                for job, error in zip(jobs, errors, strict=True):
+                    if error is None:
+                        self.manager.add_request(
+                            list(job.tokens),
+                            request_id=job.id,
+                            max_new_tokens=job.max_tokens,
+                            streaming=True,
+                            eos_token_id=list(self.eos) or -1,
+                        )
+                return errors
+        except Exception as error:  # the thread of the engine has ended, or is ending
+            return [EngineError(f"not admitted: {error}")] * len(jobs)
+
+    def counters(self) -> dict[str, int]:
+        """Tokens steered since the start, by policy id."""
+        return dict(self._seats.totals)
 
 
 def _end_tokens(model) -> tuple[int, ...]:

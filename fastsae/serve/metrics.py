@@ -4,7 +4,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _TOKEN = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
-_STEERING = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 1e-2)
 UNSTEERED = ""
 
 
@@ -25,17 +24,7 @@ class Metrics:
         self.between = Histogram(
             "time_per_output_token_seconds", "After the first", labels, buckets=_TOKEN, **named
         )
-        self.steering = Histogram(
-            "steering_seconds", "Steering, a forward", buckets=_STEERING, **named
-        )
-        self.steered_rows = Counter("steered_rows", "Tokens steered", ("policy",), **named)
-        self.gate_fires = Counter("gate_fires", "Tokens whose gate was open", ("policy",), **named)
-        self.watched_mean = Gauge(
-            "watched_feature_mean", "Mean activation", ("policy", "feature"), **named
-        )
-        self.watched_max = Gauge(
-            "watched_feature_max", "Largest activation", ("policy", "feature"), **named
-        )
+        self.steered = Gauge("steered_tokens", "Tokens steered so far", ("policy",), **named)
         self.running = Gauge("running_requests", "Admitted, not ended", **named)
         self.refused = Counter("refused_requests", "Before admission", ("status",), **named)
         self.guard = Gauge("latency_guard_open", "1 while optional policies are dropped", **named)

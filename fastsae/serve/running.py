@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from fastsae.serve.control import Decision
-from fastsae.serve.engine import EngineError, Job
 from fastsae.serve.errors import ApiError
 from fastsae.serve.metrics import UNSTEERED
+from fastsae.serve.seats import EngineError, EngineFull, Job
 from fastsae.serve.state import Server
 from fastsae.serve.text import TextStream
 
@@ -58,6 +58,9 @@ async def pieces(server: Server, job: Job, index: int, stops: list[str]) -> Asyn
         outcome = "timeout"
         message = f"not done after {server.settings.timeout:g} s"
         raise ApiError(504, message, code="timeout") from None
+    except EngineFull as error:
+        outcome = "no room"
+        raise ApiError(429, str(error), "steering", "too_many_policies") from None
     except EngineError as error:
         outcome = "failed"
         raise ApiError(500, str(error), code="engine") from None
@@ -75,8 +78,10 @@ async def pieces(server: Server, job: Job, index: int, stops: list[str]) -> Asyn
             "outcome": outcome,
             "seconds": round(time.monotonic() - begun, 4),
         }
-        prompt = server.engine.tokenizer.decode(job.tokens) if server.audit.with_text else ""
-        server.audit.write(record, prompt=prompt, text=stream.text)
+        if server.audit.with_text:
+            prompt = server.engine.tokenizer.decode(job.tokens)
+            record |= {"prompt": prompt, "text": stream.text}
+        server.audit.record(**record)
 
 
 def described(decision: Decision) -> dict:

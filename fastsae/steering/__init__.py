@@ -1,5 +1,6 @@
 """Steering: policies over SAE features, and the adapters that apply them to running models."""
 
+from fastsae.steering.dose import Dose
 from fastsae.steering.hf import SteeringHandle, attach, steer
 from fastsae.steering.policy import (
     Policy,
@@ -12,6 +13,7 @@ from fastsae.steering.policy import (
 )
 
 __all__ = [
+    "Dose",
     "Policy",
     "SteeringHandle",
     "ablate",

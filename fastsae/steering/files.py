@@ -8,7 +8,7 @@ from typing import Any
 from fastsae.errors import FastsaeError
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, times in Counter(key for key, _ in pairs).items():
         if times > 1:
             raise FastsaeError(f"{key}: given {times} times")
@@ -27,7 +27,7 @@ def read_document(path: Path) -> Any:
         raise FastsaeError(f"cannot read the policy file: {error}") from error
     if path.suffix == ".json":
         try:
-            return json.loads(text, object_pairs_hook=_unique)
+            return json.loads(text, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
             raise FastsaeError(f"not JSON: {error}") from error
     try:
@@ -37,7 +37,7 @@ def read_document(path: Path) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
-            _unique([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+            unique_keys([(self.construct_object(key, deep=True), None) for key, _ in node.value])
             return super().construct_mapping(node, deep)
 
     try:

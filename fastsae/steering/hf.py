@@ -14,13 +14,15 @@ from torch import nn
 
 from fastsae import models
 from fastsae.errors import FastsaeError
-from fastsae.models import Hook
+from fastsae.places import Place, resolve_place, site
 from fastsae.sae import SAE
+from fastsae.steering.dose import Dose
 from fastsae.steering.hooks import Host
 from fastsae.steering.membership import is_staged, stages
 from fastsae.steering.policy import Policy
 from fastsae.steering.site import Rows, Site
 from fastsae.steering.table import Capacity
+from fastsae.steering.trace import Trace
 
 PolicyRows = Policy | Sequence[Policy | None] | None
 
@@ -32,11 +34,11 @@ class SteeringHandle:
     residual.
     """
 
-    def __init__(self, model: nn.Module, sites: dict[Hook, Site]):
+    def __init__(self, model: nn.Module, sites: dict[Place, Site]):
         self.model, self.sites = model, sites
         self._host = Host.of(model)
-        for hook, site in sites.items():
-            self._host.add(hook, site)
+        for place, each in sites.items():
+            self._host.add(place, each, model)
         self._host.wrap(model)
 
     def set(
@@ -45,6 +47,7 @@ class SteeringHandle:
         *,
         strengths: float | Sequence[float] | None = None,
         prompt_lengths: int | Sequence[int] | None = None,
+        requests: Sequence[str] | None = None,
     ) -> None:
         """Steer the following forwards: one policy for all rows, or a policy or None per row.
 
@@ -58,25 +61,40 @@ class SteeringHandle:
         needs none. Without it, a forward outside `generate` is all prompt when it starts from an
         empty cache or from none, and tokens that follow a filled cache are generated.
 
-        When it raises, what was set before stays.
+        With `generate_batch` a row is a prompt, in order. A continuous batching manager of your own
+        (made after attach) takes requests=, the request id of each row; a request it does not name
+        is refused. Rows that differ need ContinuousBatchingConfig(allow_block_sharing=False).
+
+        When it raises, what was set before stays. `counts` starts again at 0.
         """
-        if self._host is None:
-            raise FastsaeError("handle: it is detached; call fastsae.attach again")
-        per_hook = self._per_hook(policies)
-        rows = {hook: _rows(per_hook.get(hook), strengths, prompt_lengths) for hook in self.sites}
-        before = {hook: site.rows for hook, site in self.sites.items()}
+        self._check_attached()
+        per_place = self._per_place(policies)
+        rows = {p: _rows(per_place.get(p), strengths, prompt_lengths) for p in self.sites}
+        named = _requests(requests, rows.values())
+        before = {place: each.rows for place, each in self.sites.items()}
         try:
-            for hook, site in self.sites.items():
-                site.set(rows[hook])
+            for place, each in self.sites.items():
+                each.set(rows[place])
         except Exception:
-            for hook, site in self.sites.items():
-                site.set(before[hook])
+            for place, each in self.sites.items():
+                each.set(before[place])
             raise
         finally:
-            for hook in self.sites:
-                self._host.points[hook].refresh()
+            for place in self.sites:
+                self._host.points[place].refresh()
+        self._host.requests = named
 
-    def _per_hook(self, policies) -> "dict[Hook, PolicyRows]":
+    def forget(self, request_id: str) -> None:
+        """Drop what is known of a request that has ended, in a manager that lives on."""
+        self._check_attached()
+        if self._host.tracker.requests is not None:
+            self._host.tracker.requests.forget(request_id)
+
+    def _check_attached(self) -> None:
+        if self._host is None:
+            raise FastsaeError("handle: it is detached; call fastsae.attach again")
+
+    def _per_place(self, policies) -> "dict[Place, PolicyRows]":
         if isinstance(policies, Mapping):
             return {self._attached(layer): rows for layer, rows in policies.items()}
         if policies is not None and len(self.sites) > 1:
@@ -86,27 +104,65 @@ class SteeringHandle:
             )
         return dict.fromkeys(self.sites, policies)
 
-    def _attached(self, layer: int | str) -> Hook:
-        hook = models.resolve_hook(layer)
-        if hook not in self.sites and isinstance(layer, int):
-            hook = next((each for each in self.sites if each.layer == layer), hook)
-        if hook not in self.sites:
-            at = ", ".join(f"layers.{each.layer}.{each.side}" for each in self.sites)
+    def _attached(self, layer: int | str) -> Place:
+        place = resolve_place(layer)
+        if place not in self.sites and isinstance(layer, int):
+            place = next((each for each in self.sites if each.layer == layer), place)
+        if place not in self.sites:
+            at = ", ".join(map(str, self.sites))
             raise FastsaeError(f"policies: nothing is attached at {layer!r}, only at {at}")
-        return hook
+        return place
+
+    def counts(self) -> dict[str, list[int]]:
+        """{place: tokens steered since `set`, per row that was set}, a token once per forward.
+
+        A row's beams and copies count together. Tokens in their row's phase that are neither
+        padding nor a first token count, whether or not a gate let the operations through.
+        `generate` of n tokens steers n − 1 of them and the prompt: the last token is never fed
+        back. Compiled graphs count too. Waits for the device.
+        """
+        return {
+            str(place): [] if each.counts is None else each.counts[:, 0].tolist()
+            for place, each in self.sites.items()
+        }
+
+    @contextlib.contextmanager
+    def trace(self, features: "int | Sequence[int]", *, layer=None) -> Iterator[Trace]:
+        """`with handle.trace([12, 99]) as trace: model.generate(...)`, then `trace.rows()`.
+
+        Records the features' activations before and after the policies for every token that runs,
+        steered or not. layer: which attached place, if there are several.
+        """
+        self._check_attached()
+        if layer is None and len(self.sites) > 1:
+            raise FastsaeError(
+                f"layer: {len(self.sites)} places are attached; pass layer=, one of "
+                f"{', '.join(map(str, self.sites))}"
+            )
+        place = next(iter(self.sites)) if layer is None else self._attached(layer)
+        traced, point = self.sites[place], self._host.points[place]
+        if traced.trace is not None:
+            raise FastsaeError(f"trace: {place} is being traced already; name all features at once")
+        traced.trace = Trace(traced.sae, features)
+        point.refresh()
+        try:
+            yield traced.trace
+        finally:
+            traced.trace = None
+            point.refresh()
 
     @property
     def active(self) -> bool:
         """Whether any row of any layer has a policy."""
-        return any(site.active for site in self.sites.values())
+        return any(each.active for each in self.sites.values())
 
     def detach(self) -> None:
         """Remove the hooks; the model is as before. A second call does nothing."""
         if self._host is None:
             return
-        for hook, site in self.sites.items():
-            site.set(Rows())
-            self._host.remove(hook, site)
+        for place, each in self.sites.items():
+            each.set(Rows())
+            self._host.remove(place, each)
         self._host.unwrap(self.model)
         self._host = None
 
@@ -126,14 +182,17 @@ def attach(
     max_operations: int = Capacity().max_operations,
     max_items: int = Capacity().max_items,
     first_token: bool = False,
+    dose: Dose | None = None,
 ) -> SteeringHandle:
     """Hook a model once, idle, for production: `handle.set` then decides what each row gets.
 
-    saes: {layer: sae}, a layer being a number (its output; its input if that is where the SAE says
-    it was trained) or a hook point such as "blocks.9.hook_resid_pre"; or one SAE that knows its
-    own. The max_ arguments fix the buffers of each layer: max_features · d_in · 8 bytes most of
-    it. Padding, known from the 2-D attention mask or from position ids, is never steered; nor is
-    each row's first token, which carries huge norms in most models, unless `first_token`.
+    saes: {layer: sae}, a layer being a number (its output, or the place in it where the SAE says it
+    was trained) or a hook point such as "blocks.9.hook_resid_pre", "resid_mid.9", "attn_out.9",
+    "mlp_in.9", "mlp_out.9" or "layers.9.mlp.output" (fastsae.places); or one SAE that knows its
+    own. dose: a limit on the relative change of a token (fastsae.steering.Dose). The max_ arguments
+    fix the buffers of each layer: max_features · d_in · 8 bytes most of it. Padding, known from the
+    2-D attention mask or from position ids, is never steered; nor is each row's first token, which
+    carries huge norms in most models, unless `first_token`.
 
     Attach *before* torch.compile: a compiled model is refused, because graphs ignore later hooks.
     Several handles may share a model; at one layer they apply in the order of attachment.
@@ -141,18 +200,20 @@ def attach(
     """
     _refuse_compiled(model)
     capacity = Capacity(max_policies, max_features, max_operations, max_items).checked()
-    sites: dict[Hook, Site] = {}
+    if dose is not None and not isinstance(dose, Dose):
+        raise FastsaeError(f"dose: expected fastsae.steering.Dose(limit, action), got {dose!r}")
+    sites: dict[Place, Site] = {}
     for layer, sae in (saes if isinstance(saes, Mapping) else {None: saes}).items():
         if not isinstance(sae, SAE):
             raise FastsaeError(
                 f"saes: expected a fastsae.SAE for {layer!r}, got {type(sae).__name__}"
             )
-        hook = _hook(layer, sae)
-        if hook in sites:
+        place = _place(layer, sae)
+        if place in sites:
             raise FastsaeError(f"saes: {layer!r} names the same place as another key")
-        module, _ = models.hook_module(model, hook)
+        module, _ = site(model, *place)
         _check_width(model, sae)
-        sites[hook] = Site(sae, capacity, _device(module), first_token)
+        sites[place] = Site(sae, capacity, _device(module), first_token, dose)
     if not sites:
         raise FastsaeError("saes: expected at least one {layer: sae}, got none")
     return SteeringHandle(model, sites)
@@ -167,6 +228,7 @@ def steer(
     layer: int | str | None = None,
     strength: float | Sequence[float] = 1.0,
     first_token: bool = False,
+    dose: Dose | None = None,
 ) -> Iterator[SteeringHandle]:
     """`with steer(model, sae, policy): model.generate(...)`: steer inside the block, undo after it.
 
@@ -184,7 +246,11 @@ def steer(
     ]
     capacity = Capacity.of(sae, parts)._asdict()
     handle = attach(
-        model, sae if layer is None else {layer: sae}, first_token=first_token, **capacity
+        model,
+        sae if layer is None else {layer: sae},
+        first_token=first_token,
+        dose=dose,
+        **capacity,
     )
     with handle:
         handle.set(policy, strengths=strength)
@@ -221,23 +287,37 @@ def _rows(policies: PolicyRows, strengths, lengths) -> Rows:
     return Rows(listed, per_row, lengths)
 
 
-def _hook(layer: "int | str | Hook | None", sae: SAE | None) -> Hook:
-    own = None if sae is None else sae.config.hook_name
+def _requests(requests, rows) -> list[str] | None:
+    if requests is None:
+        return None
+    named = [] if isinstance(requests, str) else list(requests)
+    if not named or len(set(named)) < len(named) or not all(isinstance(n, str) for n in named):
+        raise FastsaeError(f"requests: expected different request ids, got {requests!r}")
+    for each in rows:
+        if len(each.policies) not in (0, len(named)):
+            raise FastsaeError(
+                f"requests: got {len(named)} ids for {len(each.policies)} policies; name each row"
+            )
+    return named
+
+
+def _place(layer: "int | str | Place | None", sae: SAE) -> Place:
+    own = sae.config.hook_name
     if layer is None:
         if own is None:
             raise FastsaeError(
                 "layer: this SAE does not say where it was trained (config.hook_name is None); "
                 "pass layer=, for instance 12"
             )
-        return models.resolve_hook(own)
-    hook = models.resolve_hook(layer)
+        return resolve_place(own)
+    place = resolve_place(layer)
     if own is not None and isinstance(layer, int):
         try:
-            trained = models.resolve_hook(own)
+            trained = resolve_place(own)
         except FastsaeError:
-            return hook  # trained elsewhere than in the residual stream: the caller's choice
-        return trained if trained.layer == hook.layer else hook
-    return hook
+            return place  # trained where no module carries its input: the caller's choice
+        return trained if trained.layer == place.layer else place
+    return place
 
 
 def _check_width(model: nn.Module, sae: SAE) -> None:

@@ -9,32 +9,44 @@ import functools
 import warnings
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from fastsae import models
+from fastsae import models, places
 from fastsae.errors import FastsaeError
-from fastsae.models import Hook
-from fastsae.steering.positions import Tracker
+from fastsae.places import Place
+from fastsae.steering.batching import Requests
+from fastsae.steering.positions import Tracker, Where
 from fastsae.steering.site import Site
 
 
 class Point:
-    """One side of a decoder layer and the sites that edit it, in the order they were attached."""
+    """One place in a model and the sites that edit it, in the order they were attached."""
 
-    def __init__(self, hook: Hook, layer: nn.Module, tracker: Tracker):
-        self.hook, self.tracker = hook, tracker
+    def __init__(self, place: Place, model: nn.Module, tracker: Tracker):
+        self.place, self.tracker = place, tracker
+        self.in_place = place.point == "resid_mid"  # the residual goes past the norm we hook
         self.sites: list[Site] = []
         self.active = False
+        module, side = places.site(model, *place)
         # First in line: hidden states that other hooks record are then the steered ones.
-        if hook.side == "output":
-            self.removable = layer.register_forward_hook(self.after, prepend=True)
+        if side == "output":
+            self.removable = module.register_forward_hook(self.after, prepend=True)
         else:
-            self.removable = layer.register_forward_pre_hook(
+            self.removable = module.register_forward_pre_hook(
                 self.before, prepend=True, with_kwargs=True
             )
 
     def refresh(self) -> None:
-        self.active = any(site.active for site in self.sites)
+        self.active = any(site.active or site.trace is not None for site in self.sites)
+
+    def demand(self, where: Where) -> None:
+        """Raise if a required policy was not applied in the forward that has just ended."""
+        for site in self.sites:
+            if site.active and site.required and site not in where.visited:
+                raise FastsaeError(
+                    f"policy {site.required[0].label} is required, but {self.place} never ran"
+                )
 
     def idle(self) -> bool:
         # torch.compile guards on what it sees a hook read, not on which hooks there are: reading
@@ -49,15 +61,45 @@ class Point:
     def before(self, layer, args, kwargs):
         if self.idle():
             return None
+        given = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(given, Tensor):
+            raise FastsaeError(f"{self.place}: its module was called without hidden states")
+        steered = self._steered(given)
+        if self.in_place:
+            with torch.no_grad():
+                given.copy_(steered)
+            return None
         if args:
-            return (self._steered(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": self._steered(kwargs["hidden_states"])}
+            return (steered, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": steered}
 
     def _steered(self, residual: Tensor) -> Tensor:
         where = self.tracker.where()
-        for site in self.sites:
-            if site.active:
-                residual = site.apply(residual, where)
+        try:
+            steered = self._batched(residual, where)
+            for site in self.sites:
+                before = steered
+                if site.active:
+                    steered = site.apply(steered, where)
+                if site.trace is not None:
+                    site.trace.record(before, steered, where)
+        except Exception as error:
+            self.tracker.failed = error  # a generate_batch only logs what is raised here
+            raise
+        return steered.view(residual.shape)
+
+    def _batched(self, residual: Tensor, where: Where) -> Tensor:
+        """[B, T, D], checked against the ids or embeddings that the model was given."""
+        if where.shape is None:
+            return residual
+        batch, tokens = where.shape
+        if residual.dim() == 2 and residual.shape[0] == batch * tokens:  # OPT's MLP
+            return residual.view(batch, tokens, residual.shape[1])
+        if residual.dim() == 3 and residual.shape[:2] != (batch, tokens):
+            raise FastsaeError(
+                f"model: given {batch} rows of {tokens} tokens, {self.place} carries "
+                f"{list(residual.shape)}; fastsae works on [batch, tokens, hidden size]"
+            )
         return residual
 
 
@@ -67,11 +109,12 @@ class Host:
     def __init__(self, layers: nn.ModuleList, trunk: nn.Module):
         self.layers, self.trunk = layers, trunk
         self.tracker = Tracker(trunk)
-        self.points: dict[Hook, Point] = {}
+        self.points: dict[Place, Point] = {}
+        self.requests: list[str] | None = None  # ids of the requests whose policies are set
         self.wrapped: list[nn.Module] = []
         self.removable = [
             trunk.register_forward_pre_hook(self.tracker.enter, with_kwargs=True),
-            trunk.register_forward_hook(self.tracker.leave),
+            trunk.register_forward_hook(self.tracker.leave, always_call=True),
         ]
         # torch.compile does not notice hooks: it would reuse a graph it made of another model of
         # the same class, without ours. It does notice the type of the list it walks through.
@@ -84,50 +127,90 @@ class Host:
         trunk = next(m for m in model.modules() if any(c is layers for c in m.children()))
         return trunk.__dict__.get("_fastsae_host") or cls(layers, trunk)
 
-    def add(self, hook: Hook, site: Site) -> Point:
-        if hook not in self.points:
-            point = Point(hook, self.layers[hook.layer], self.tracker)
-            self.points[hook] = point
+    def add(self, place: Place, site: Site, model: nn.Module) -> Point:
+        if place not in self.points:
+            point = Point(place, model, self.tracker)
+            self.points[place] = point
             self.tracker.points.append(point)
-        self.points[hook].sites.append(site)
-        return self.points[hook]
+        self.points[place].sites.append(site)
+        return self.points[place]
 
-    def remove(self, hook: Hook, site: Site) -> None:
-        point = self.points[hook]
+    def remove(self, place: Place, site: Site) -> None:
+        point = self.points[place]
         point.sites.remove(site)
         point.refresh()
         if not point.sites:
             point.removable.remove()
-            self.tracker.points.remove(self.points.pop(hook))
+            self.tracker.points.remove(self.points.pop(place))
+
+    # --- what continuous batching asks ---------------------------------------------------------
+
+    def _sites(self) -> list[Site]:
+        return [s for point in self.points.values() for s in point.sites if s.active]
+
+    def steering(self) -> bool:
+        return bool(self._sites())
+
+    def mixed(self) -> bool:
+        """Whether two tokens of the same id may be steered differently."""
+        return any(s.phased or len(set(s.rows.steered)) > 1 for s in self._sites())
+
+    def rows_set(self) -> int:
+        return max(len(s.rows.policies) for s in self._sites())
+
+    def signature(self) -> tuple:
+        return tuple(s.rows.steered for s in self._sites())
+
+    # --- the model's own methods ---------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> None:
-        """Let `model.generate` tell us where its prompt ends."""
+        """Let `generate` tell where its prompt ends, `generate_batch` which request is which."""
         self.wrapped.append(model)
-        if not hasattr(model, "generate") or self.wrapped.count(model) > 1:
+        if self.wrapped.count(model) > 1:
             return
-        original = model.generate
-
-        @functools.wraps(original)
-        def generate(*args, **kwargs):
-            with self.generating(args, kwargs):
-                return original(*args, **kwargs)
-
-        generate._fastsae_restores = model.__dict__.get("generate")
-        model.generate = generate
+        wrappers = (self._generate, self._generate_batch, self._init_continuous_batching)
+        for name, wrapper in zip(_WRAPPED, wrappers, strict=True):
+            if hasattr(model, name):
+                original = getattr(model, name)
+                ours = functools.wraps(original)(functools.partial(wrapper, original))
+                ours._fastsae_restores = model.__dict__.get(name)
+                setattr(model, name, ours)
 
     def unwrap(self, model: nn.Module) -> None:
         self.wrapped.remove(model)
-        ours = model.__dict__.get("generate")
-        # If others have wrapped our wrapper since, it stays between them and passes through.
-        if model not in self.wrapped and hasattr(ours, "_fastsae_restores"):
-            del model.generate
-            if ours._fastsae_restores is not None:
-                model.generate = ours._fastsae_restores
+        for name in _WRAPPED if model not in self.wrapped else ():
+            ours = model.__dict__.get(name)
+            # If others have wrapped our wrapper since, it stays between them and passes through.
+            if hasattr(ours, "_fastsae_restores"):
+                delattr(model, name)
+                if ours._fastsae_restores is not None:
+                    setattr(model, name, ours._fastsae_restores)
         if not self.wrapped:
             for handle in self.removable:
                 handle.remove()
             self.layers.__class__ = type(self.layers).__mro__[1]
             del self.trunk._fastsae_host
+
+    def _generate(self, original, *args, **kwargs):
+        with self.generating(args, kwargs):
+            return original(*args, **kwargs)
+
+    def _generate_batch(self, original, *args, **kwargs):
+        self.tracker.failed = None
+        results = original(*args, **kwargs)
+        if self.tracker.failed is not None:
+            raise self.tracker.failed
+        return results
+
+    def _init_continuous_batching(self, original, *args, **kwargs):
+        kept = [getattr(m, "_cached_continuous_batching_manager", None) for m in self.wrapped]
+        manager = original(*args, **kwargs)
+        ours = getattr(manager.add_request, "__self__", None)
+        if not isinstance(ours, Requests) or ours.host is not self:
+            ours = Requests(manager, self, kept=any(each is manager for each in kept))
+        ours.next = 0
+        self.tracker.requests = ours
+        return manager
 
     @contextlib.contextmanager
     def generating(self, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -138,10 +221,13 @@ class Host:
             return  # generate compiled the forward: inside a graph there is no Python to count
         for point, site, calls in active:
             if site.active and site.calls == calls:
-                text = f"layer {point.hook.layer} never ran in generate: nothing was steered there"
+                text = f"{point.place} never ran in generate: nothing was steered there"
                 if site.required:
                     raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
                 warnings.warn(text, stacklevel=4)
+
+
+_WRAPPED = ("generate", "generate_batch", "init_continuous_batching")
 
 
 @functools.cache

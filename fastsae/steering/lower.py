@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 def needs_membership(sae: SAE, operation: Operation) -> bool:
     """Whether a feature's activation depends on all the others: it must be among the k largest."""
     own = isinstance(operation, Amplify) and operation.active == "sae"
-    return own and sae.config.activation == "topk"
+    return own and sae.config.activation in ("topk", "groupmax")
 
 
 def lower(sae: SAE, policy: Policy, *, membership: bool = False) -> Lowered:
@@ -149,6 +149,8 @@ def fetch_rows(sae: SAE, keys: list[RowKey]) -> Rows:
     enc, dec, bias = rows(sae.W_enc), rows(sae.W_dec).float(), rows(sae.b_enc).double()
     if sae.config.apply_b_dec_to_input:
         bias = bias - enc.double() @ sae.b_dec.detach().to("cpu").double()
+    if sae.config.normalization == "center":  # W (x − mean x) = (W − its row means) x
+        enc = enc.double() - enc.double().mean(dim=1, keepdim=True)
     theta = torch.zeros(len(keys))
     if sae.config.has_threshold:
         own = torch.tensor([own for _, own in keys], dtype=torch.bool)

@@ -8,11 +8,13 @@ graph. (One exception, once per `generate` that was called without a mask: see `
 
 import contextlib
 import inspect
+import threading
 
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+from fastsae.steering.batching import Packed
 
 
 class Generation:
@@ -44,11 +46,18 @@ class Generation:
 class Where:
     """The tokens of one forward, for every hooked layer of it: B rows, T tokens in each."""
 
-    def __init__(self, given: dict, generation: Generation | None):
+    def __init__(self, given: dict, generation: Generation | None, requests=None):
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
         self.packed = given.get("cu_seq_lens_q") is not None
+        tokens = given.get("input_ids")
+        self.input_ids = tokens if isinstance(tokens, Tensor) and tokens.dim() == 2 else None
+        embeds = given.get("inputs_embeds")
+        fed = embeds if isinstance(embeds, Tensor) else self.input_ids
+        self.shape = None if fed is None else (fed.shape[0], fed.shape[1])
+        self.requests = requests
+        self.visited: list = []  # the sites that have steered this forward
         self.generation = generation
         self.untold = False
         cache = given.get("past_key_values")
@@ -56,6 +65,18 @@ class Where:
         self.tokens = 0
         self._positions: Tensor | None = None
         self._real: Tensor | None = None
+        self._request_of: Packed | None = None
+
+    def request_of(self, residual: Tensor) -> Packed:
+        """Which request every token of a packed forward belongs to."""
+        if self.requests is None:
+            raise FastsaeError(
+                "policies: this packed forward comes from a manager that was made before attach; "
+                "attach first, then generate_batch or init_continuous_batching"
+            )
+        if self._request_of is None or self._request_of.rows.device != residual.device:
+            self._request_of = self.requests.packed(residual.shape[1], residual.device)
+        return self._request_of
 
     def _cached(self, cache) -> "int | Tensor | None":
         """Tokens in the cache before this forward, None without a cache or when nobody will ask.
@@ -107,6 +128,8 @@ class Where:
         """[B or 1, T] bool: real tokens, without each row's first one unless `first_token`."""
         positions, real = self.positions(residual)
         later = positions >= (0 if first_token else 1)
+        if self.packed and self.requests is not None:
+            real = self.request_of(residual).real
         return later if real is None else real & later
 
     def generated(self, residual: Tensor, lengths: Tensor | None) -> "Tensor | bool":
@@ -116,10 +139,7 @@ class Where:
         all prompt, and tokens that follow a filled cache are generated.
         """
         if self.packed:
-            raise FastsaeError(
-                'phase: generate_batch packs several requests into one row, where "prompt" and '
-                '"generated" cannot be told apart; use phase="all", or generate'
-            )
+            return self.positions(residual)[0] >= self.request_of(residual).lengths
         if lengths is None and self.generation is None:
             self._must_be_told()
             return self.past is not None and self.past > 0
@@ -156,27 +176,59 @@ class Tracker:
         self.points: list = []
         self.now: Where | None = None
         self.generation: Generation | None = None
+        self.failed: Exception | None = None  # raised by a hook, perhaps in another thread
+        self.requests = None  # of the manager that `generate_batch` uses
+        self._running: int | None = None  # the thread whose forward is under way
+        self._generating: dict[int, Generation] = {}  # by thread
         self._names = tuple(inspect.signature(trunk.forward).parameters)
 
     def enter(self, trunk, args: tuple, kwargs: dict) -> None:
         """Before the layers run: note what the hooks inside will need, if any has work to do."""
         if any(point.active for point in self.points):
+            if not torch.compiler.is_compiling():
+                self._claim()
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            self.now = Where(given, self.generation)
+            self.now = Where(given, self.generation, self.requests)
 
     def leave(self, trunk, args: tuple, output) -> None:
-        if self.now is not None and self.now.untold and self.generation is not None:
-            self.generation.fed += self.now.tokens
-        self.now = None
+        """After the layers have run, or have raised: then output is None."""
+        if torch.compiler.is_compiling():
+            self.now = None
+            return
+        now, self.now = self.now, None
+        if self._running == threading.get_ident():
+            self._running = None
+        if now is None or output is None:
+            return
+        if now.untold and self.generation is not None:
+            self.generation.fed += now.tokens
+        for point in self.points:
+            point.demand(now)
+
+    def _claim(self) -> None:
+        """One thread at a time: positions and prompt lengths belong to the running forward."""
+        me = threading.get_ident()
+        if self._running not in (None, me) or any(ident != me for ident in self._generating):
+            raise FastsaeError(
+                "model: another thread is running this steered model; run it from one thread at a "
+                "time, or batch the requests and give each row its policy"
+            )
+        self._running = me
 
     def where(self) -> Where:
         """The running forward; a layer that is called on its own is a forward without inputs."""
-        return self.now if self.now is not None else Where({}, self.generation)
+        return self.now if self.now is not None else Where({}, self.generation, self.requests)
 
     @contextlib.contextmanager
     def generating(self, args: tuple, kwargs: dict):
-        outer, self.generation = self.generation, Generation.of(args, kwargs)
+        me = threading.get_ident()
+        outer = self._generating.get(me)
+        self.generation = self._generating[me] = Generation.of(args, kwargs)
         try:
             yield
         finally:
-            self.generation, self.now = outer, None
+            self._generating.pop(me)
+            if outer is not None:
+                self._generating[me] = outer
+            self.generation = next(reversed(self._generating.values()), None)
+            self.now = None

@@ -1,5 +1,6 @@
 """One SAE at one hook point: which policy every batch row has, and applying them to a residual."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor
 from fastsae.errors import FastsaeError
 from fastsae.ops.steer import steer
 from fastsae.sae import SAE
+from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.membership import StagedPolicy, is_staged
 from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
+from fastsae.steering.trace import Trace
 
 
 class Rows:
@@ -29,6 +32,12 @@ class Rows:
         self.strengths = tuple(strengths)
         self.lengths = lengths
 
+    @property
+    def steered(self) -> tuple:
+        """(policy digest, strength) of every row, None for a row without a policy."""
+        pairs = zip(self.policies, self.strengths, strict=True)
+        return tuple(None if policy is None else (policy.digest, s) for policy, s in pairs)
+
 
 class Site:
     """Applies `rows` to the residual of one hook point; not to be called while not `active`.
@@ -36,8 +45,17 @@ class Site:
     Per row it keeps columns [rows, 1]; a `set` of as many rows only changes their contents.
     """
 
-    def __init__(self, sae: SAE, capacity: Capacity, device: torch.device, first_token: bool):
-        self.sae = sae
+    def __init__(
+        self,
+        sae: SAE,
+        capacity: Capacity,
+        device: torch.device,
+        first_token: bool,
+        dose: Dose | None = None,
+    ):
+        self.sae, self.dose = sae, dose
+        self.trace: Trace | None = None
+        self.largest_dose = 0.0
         self.table = PolicyTable(sae, capacity=capacity, device=device)
         self.first_token = first_token
         self.rows = Rows()
@@ -45,7 +63,7 @@ class Site:
         self.staged: list[tuple[StagedPolicy, list[int]]] = []
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
-        self.slots = self.strengths = self.lengths = None
+        self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = None
 
     @property
@@ -81,6 +99,10 @@ class Site:
         used = [policy for policy in rows.policies if policy is not None]
         phases = [policy.phase if policy is not None else "all" for policy in rows.policies]
         self.slots = self._fill(self.slots, slots, torch.int32)
+        has_policy = [policy is not None for policy in rows.policies]
+        self.has_policy = self._fill(self.has_policy, has_policy, torch.bool)
+        self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
+        self.largest_dose = 0.0
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
         self.on_prompt = self._fill(self.on_prompt, [p != "generated" for p in phases], torch.bool)
         self.on_generated = self._fill(
@@ -110,38 +132,87 @@ class Site:
         """Follow a layer that was not where its residual is now when we attached (offloading)."""
         self._release()
         self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
-        self.slots = self.strengths = self.lengths = None
+        counts, largest = self.counts, self.largest_dose
+        self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = None
         self._take(self.rows)
+        self.largest_dose = largest
+        if counts.device.type != "meta" and device.type != "meta":
+            self.counts.copy_(counts)
 
     def apply(self, residual: Tensor, where: Where) -> Tensor:
         """The steered residual [B, T, D]: a new tensor, rows and tokens without a policy copied."""
-        self._check(residual)
+        self._check(residual, where)
         if not torch.compiler.is_compiling():
             self.calls += 1
-        batch, tokens = residual.shape[:2]
+        rows = self._rows_of(residual, where)
         chosen = where.steered(residual, self.first_token)
         if self.phased:
-            known = None if self.lengths is None else self._spread(self.lengths, batch, where)
-            generated = where.generated(residual, known)
-            on_prompt = self._spread(self.on_prompt, batch, where)
-            on_generated = self._spread(self.on_generated, batch, where)
-            if isinstance(generated, Tensor):
-                chosen = chosen & torch.where(generated, on_generated, on_prompt)
-            else:
-                chosen = chosen & (on_generated if generated else on_prompt)
-        strengths = self._spread(self.strengths, batch, where).expand(batch, tokens).contiguous()
+            chosen = chosen & self._in_phase(residual, rows, where)
+        if where.packed:  # a token for a row
+            residual, chosen = residual.transpose(0, 1), chosen.transpose(0, 1)
+        batch, tokens = residual.shape[:2]
+        strengths = _of(self.strengths, rows).expand(batch, tokens).contiguous()
+        chosen = (chosen & _of(self.has_policy, rows)).expand(batch, tokens)
+        self._count(chosen, rows)
         out = residual
         if self.in_table:
-            slots = chosen * self._spread(self.slots, batch, where)
+            slots = chosen * _of(self.slots, rows)
             out = steer(residual, slots, strengths, self.table.buffers)
-        if self.staged:
-            chosen = chosen.expand(batch, tokens)
-        for policy, rows in self.staged:
-            out = self._apply_staged(policy, rows, out, chosen, strengths)
-        return out
+        for policy, steered in self.staged:
+            out = self._apply_staged(policy, steered, rows, out, chosen, strengths)
+        if self.dose is not None:
+            out = self._within_dose(residual, out)
+        return out.transpose(0, 1) if where.packed else out
 
-    def _check(self, residual: Tensor) -> None:
+    def _in_phase(self, residual: Tensor, rows, where: Where) -> Tensor:
+        """[B or 1, T or 1] bool: tokens of the phase that their row's policy names."""
+        known = None if self.lengths is None or where.packed else _of(self.lengths, rows)
+        generated = where.generated(residual, known)
+        on_prompt, on_generated = _of(self.on_prompt, rows), _of(self.on_generated, rows)
+        if where.packed:
+            on_prompt, on_generated = on_prompt.transpose(0, 1), on_generated.transpose(0, 1)
+        if isinstance(generated, Tensor):
+            return torch.where(generated, on_generated, on_prompt)
+        return on_generated if generated else on_prompt
+
+    def _count(self, chosen: Tensor, rows: "Tensor | int") -> None:
+        """Add the steered tokens to each row's count, in the same buffer, graphs included."""
+        steered = chosen.sum(1, keepdim=True)
+        if isinstance(rows, Tensor):
+            self.counts.index_add_(0, rows, steered)
+        else:
+            given = self.counts.shape[0]
+            self.counts.add_(steered.view(given, -1).sum(1, keepdim=True))
+
+    def _within_dose(self, x: Tensor, r: Tensor) -> Tensor:
+        if self.dose.action == "clamp":
+            return clamp(x, r, self.dose.limit)
+        if torch.compiler.is_compiling():
+            raise FastsaeError(
+                f'dose: "{self.dose.action}" looks at every forward, and a compiled graph cannot; '
+                'use Dose(limit, "clamp")'
+            )
+        most, before = float(relative_change(x, r).max()), self.largest_dose
+        self.largest_dose = max(most, before)
+        if not most <= self.dose.limit:  # NaN is no dose either
+            text = (
+                f"dose: a policy moved a token by {most:.3g} times its length, above the limit of "
+                f"{self.dose.limit:g}; lower the strength, raise the limit, or clamp"
+            )
+            if self.dose.action == "refuse":
+                raise FastsaeError(text)
+            if before <= self.dose.limit:
+                warnings.warn(text, stacklevel=2)
+        return r
+
+    def _check(self, residual: Tensor, where: Where) -> None:
+        if self in where.visited:
+            raise FastsaeError(
+                "model: the hooked layer ran twice in one forward, and its tokens would be steered "
+                "twice; fastsae works on models that run every layer once"
+            )
+        where.visited.append(self)
         width = self.sae.config.d_in
         if residual.dim() != 3 or residual.shape[-1] != width:
             raise FastsaeError(
@@ -151,27 +222,37 @@ class Site:
         if self.table.device != residual.device:
             self._move(residual.device)
 
-    def _spread(self, per_row: Tensor, batch: int, where: Where) -> Tensor:
-        """[batch, 1], an entry per row of the forward; generate's copies of a row share its own."""
-        given = per_row.shape[0]
-        if given == batch:
-            return per_row
-        if given == 1:
-            return per_row.expand(batch, 1)
+    def _rows_of(self, residual: Tensor, where: Where) -> "Tensor | int":
+        """The row of `set` of every row of the forward: [rows] indices, or copies of each row."""
+        batch, given = residual.shape[0], self.slots.shape[0]
+        if where.packed:
+            return where.request_of(residual).rows
+        if given in (batch, 1):
+            return 1
         scope = where.generation
         if scope is not None and scope.batch == given and batch % given == 0:
-            return per_row.repeat_interleave(batch // given, 0)
+            return batch // given  # generate's copies of a row share its policy
         raise FastsaeError(
             f"policies: {given} were set, but the batch has {batch} rows; set one policy (or None) "
             "per row, or a single one for all rows"
         )
 
-    def _apply_staged(self, policy: StagedPolicy, rows, out, chosen, strengths) -> Tensor:
-        """`out` with the policy applied to its batch rows only."""
-        copies = out.shape[0] // self.slots.shape[0]
-        spread = [row * copies + copy for row in rows for copy in range(copies)]
-        index = torch.tensor(spread, device=out.device)
+    def _apply_staged(self, policy: StagedPolicy, steered, rows, out, chosen, strengths) -> Tensor:
+        """`out` with the policy applied to the rows of `set` that have it, and no others."""
+        if isinstance(rows, Tensor):
+            index = torch.isin(rows, torch.tensor(steered, device=rows.device)).nonzero()[:, 0]
+        else:
+            copies = out.shape[0] // self.slots.shape[0]
+            spread = [row * copies + copy for row in steered for copy in range(copies)]
+            index = torch.tensor(spread, device=out.device)
         part = out[index]
         new = policy(part.reshape(-1, part.shape[-1]), strengths[index].reshape(-1))
         part = torch.where(chosen[index].unsqueeze(-1), new.view(part.shape), part)
         return out.index_copy(0, index, part)
+
+
+def _of(per_row: Tensor, rows: "Tensor | int") -> Tensor:
+    """[B or 1, 1]: what the row of `set` behind each row of the forward has."""
+    if isinstance(rows, Tensor):
+        return per_row.index_select(0, rows)
+    return per_row if rows == 1 else per_row.repeat_interleave(rows, 0)

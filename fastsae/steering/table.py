@@ -63,6 +63,7 @@ class PolicyTable:
         capacity: Capacity | None = None,
         device: torch.device | str = "cpu",
     ):
+        sae.config.require_plain("steering", normalization=("center",))
         self.sae = sae
         self.capacity = capacity = (capacity or Capacity()).checked()
         self._residents: dict[str, _Resident] = {}  # least recently used first

@@ -1,8 +1,10 @@
-"""A training step on the CPU: the gradients of `sae_loss` written out, Adam applied row by row.
+"""A training step with the gradients of `sae_loss` written out.
 
-Autograd would write two [F, D] gradients and read them again for the projection and for Adam. Here
-one pass over the features forms a gradient row from the batch's sparse entries, moves the weights
-with it and forgets it. The same numbers up to rounding; the same bits for any number of threads.
+Autograd sorts the sparse entries twice, gathers encoder rows for db_dec, and on the CPU would write
+two [F, D] gradients and read them again for the projection and for Adam. Here, on the CPU, one pass
+over the features forms a gradient row from the batch's sparse entries, moves the weights with it
+and forgets it; the same bits for any number of threads. On a GPU one sort serves both gradients,
+which torch's fused Adam then applies. The same numbers up to rounding.
 """
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from fastsae import ops
 from fastsae.ops.backend import choose
+from fastsae.ops.reference import full_precision
 from fastsae.training.loss import Loss, aux_weight, row_weights, variance_of
 
 
 def serves(x: Tensor) -> bool:
     """Whether `step` can train on activations like x."""
-    return x.device.type == "cpu" and choose("sparse_outer", x).name == "native"
+    return choose("sparse_outer", x).name == {"cpu": "native", "cuda": "triton"}.get(x.device.type)
 
 
 @torch.no_grad()
@@ -42,17 +45,23 @@ def step(
     weight_N1 = row_weights(x, variance, kind)
     squares_N1 = torch.linalg.vecdot(error_ND, error_ND).unsqueeze(1)
     total = (squares_N1 * weight_N1).sum()
-    slot, extra = None, []
+    extra: list[Tensor] = []
     if aux_coefficient and dead.numel():
         factor = aux_weight(aux_coefficient, dead.numel(), k_aux)
         aux, extra = _auxiliary(
             x, error_ND, centred, weights, dead, min(k_aux, dead.numel()), weight_N1 * factor
         )
         total = total + aux
-        slot = torch.full(b_enc.shape, -1, dtype=torch.int32)
-        slot[dead] = torch.arange(dead.numel(), dtype=torch.int32)
     error = squares_N1.sum()
     g = error_ND.mul_(2 * weight_N1)
+    loss = Loss(total, error, variance, values, indices)
+    if not _by_rows(x):
+        _dense_step(adam, weights, loss, g, centred, dead, extra)
+        return loss
+    slot = None
+    if extra:
+        slot = torch.full(b_enc.shape, -1, dtype=torch.int32)
+        slot[dead] = torch.arange(dead.numel(), dtype=torch.int32)
     group = adam.param_groups[0]
     state = [tensor for w in weights.values() for tensor in (w, *_moments(adam, w))]
     (beta1, beta2), t = group["betas"], int(adam.state[W_dec]["step"]) + 1
@@ -63,7 +72,37 @@ def step(
     torch.autograd.graph.increment_version(state)
     for w in weights.values():
         adam.state[w]["step"] += 1
-    return Loss(total, error, variance, values, indices)
+    return loss
+
+
+def _by_rows(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _dense_step(
+    adam: torch.optim.Adam,
+    weights: dict[str, Tensor],
+    loss: Loss,
+    g: Tensor,
+    centred: Tensor,
+    dead: Tensor,
+    extra: list[Tensor],
+) -> None:
+    """Adam on dense gradients: those of the loss's code, and `extra` for the rows `dead`."""
+    W_enc, _b_enc, W_dec, _b_dec = weights.values()
+    gradients = torch.ops.fastsae._code_gradients(loss.values, loss.indices, g, centred, W_dec)
+    dW_dec, dW_enc, db_enc = gradients
+    for gradient, more in zip(gradients if extra else (), extra, strict=True):
+        gradient[dead] += more
+    # Adam must not spend its moments on a radial component that the unit norm removes.
+    dW_dec.addcmul_(W_dec, torch.linalg.vecdot(dW_dec, W_dec).unsqueeze(1), value=-1)
+    with full_precision(g.device):
+        db_dec = g.sum(0) - db_enc @ W_enc  # Σ dx over the rows, without a gather
+    for weight, gradient in zip(weights.values(), (dW_enc, db_enc, dW_dec, db_dec), strict=True):
+        weight.grad = gradient
+    adam.step()
+    adam.zero_grad()
+    W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
 
 
 def _auxiliary(

@@ -40,6 +40,7 @@ def reconstruction(sae: SAE, batches: Iterable[Tensor]) -> dict[str, float]:
 
     rms = √(Σ ‖x − x̄‖² / (N·D)), the centred per-dimension size of x: a unit for strengths.
     """
+    sae.config.require_plain("measuring a reconstruction of its own input")
     device = sae.W_enc.device
     error = square = active = 0.0
     total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)

@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastsae import SAE, FeatureStats
-from fastsae.formats import saelens
+from fastsae import SAE, FastsaeError, FeatureStats
 
 D, F, K = 6, 10, 3
 DTYPES = {
@@ -170,51 +169,176 @@ def test_the_flat_config_before_version_6(tmp_path, old, activation, k, make):
     assert torch.equal(again.W_enc, sae.W_enc)
 
 
-def test_flat_configs_that_cannot_be_represented(tmp_path, make, fails):
+def flat(tmp_path, **cfg):
+    (tmp_path / "fastsae.json").unlink(missing_ok=True)
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": D, "d_sae": F} | cfg))
+
+
+def test_the_scale_that_saelens_keeps_in_its_list(tmp_path, make, fails):
+    """expected_average_only_in: s·x is encoded and x̂/s is the reconstruction; s is not stored."""
+    sae = make("relu")
+    sae.save_pretrained(tmp_path)
+    flat(tmp_path, normalize_activations=True)
+    fails(tmp_path, "normalize_activations = 'expected_average_only_in'", "norm_scaling_factor")
+    fails(tmp_path, "norm_scaling_factor is 0", overrides={"norm_scaling_factor": 0})
+    folded = SAE.from_pretrained(tmp_path, overrides={"norm_scaling_factor": 2.5})
+    x = torch.randn(20, D)
+    torch.testing.assert_close(folded.encode(x).to_dense(), sae.encode(x * 2.5).to_dense())
+    torch.testing.assert_close(folded(x), sae(x * 2.5) / 2.5)
+    as_it_is = SAE.from_pretrained(tmp_path, overrides={"normalize_activations": "none"})
+    assert torch.equal(as_it_is.W_enc, sae.W_enc)
+
+
+def test_heads_are_flattened_and_given_back(tmp_path, make):
     make("relu").save_pretrained(tmp_path)
-    flat = {"d_in": D, "d_sae": F, "hook_name": "blocks.3.attn.hook_z"}
-    (tmp_path / "cfg.json").write_text(json.dumps(flat))
-    fails(tmp_path, "reshape_activations = 'hook_z'")
-    flat = {"d_in": D, "d_sae": F, "normalize_activations": True}
-    (tmp_path / "cfg.json").write_text(json.dumps(flat))
-    fails(tmp_path, "normalize_activations = 'expected_average_only_in'")
+    flat(tmp_path, hook_name="blocks.3.attn.hook_z")
+    sae = SAE.from_pretrained(tmp_path)
+    assert sae.config.reshape == "hook_z"
+    x = torch.randn(4, 5, 2, D // 2)
+    assert torch.equal(sae(x), sae(x.flatten(-2)).view(x.shape))
+    assert sae.encode(x).values.shape[:2] == (4, 5)
 
 
-def test_a_gated_sae_is_a_jumprelu_sae():
-    """1[W h₀ + b_gate > 0]·ReLU(e^r·W h₀ + b_mag), both ways of writing it."""
-    torch.manual_seed(3)
-    names = ("b_gate", "b_mag", "r_mag")
-    tensors = {name: torch.randn(F) * 0.5 for name in names}
-    tensors |= {"W_enc": torch.randn(D, F), "W_dec": torch.randn(F, D), "b_dec": torch.randn(D)}
-    cfg = {"architecture": "gated", "d_in": D, "d_sae": F, "metadata": {}}
-    assert saelens.detect(set(tensors), cfg)
-    config, state = saelens.to_fastsae(cfg, dict(tensors), "here")
-    assert config.activation == "jumprelu"
-    sae = SAE(config)
-    sae.load_state_dict(state)
+@pytest.mark.parametrize("kind", ["layer_norm", "constant_norm_rescale"])
+def test_stateless_normalization(tmp_path, make, kind):
+    sae = make("relu")
+    sae.save_pretrained(tmp_path)
+    flat(tmp_path, normalize_activations=kind)
+    normed = SAE.from_pretrained(tmp_path)
+    x, other = torch.randn(9, D) * 3 + 1, torch.randn(4, D)
+    if kind == "layer_norm":
+        shift = x.mean(-1, keepdim=True)
+        scale = (x - shift).std(-1, keepdim=True)
+        inside = (x - shift) / (scale + 1e-5)
+    else:
+        shift, scale = 0, x.norm(dim=-1, keepdim=True) / D**0.5
+        inside = x / scale
+    z = normed.encode(x)
+    normed.encode(other)  # SAELens would now undo the norm of this one
+    torch.testing.assert_close(z.to_dense(), sae.encode(inside).to_dense())
+    torch.testing.assert_close(normed.decode(z), sae(inside) * scale + shift)
+    with pytest.raises(FastsaeError, match="a dense code does not know"):
+        normed.decode(z.to_dense())
+    normed.save_pretrained(tmp_path / "again")
+    again = SAE.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(x), normed(x)) and again.config == normed.config
+    zero = torch.zeros(2, D)
+    assert normed(zero).isfinite().all()
+
+
+def test_a_model_with_centred_writing_weights(tmp_path, make):
+    """SAELens' cfg says the SAE saw x − mean(x); a plain model's activations are not centred."""
+    sae = make("relu")
+    sae.save_pretrained(tmp_path)
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    assert SAE.from_pretrained(tmp_path, overrides=kwargs).config.normalization == "center"
+    flat(tmp_path, **kwargs)
+    centred = SAE.from_pretrained(tmp_path)
+    x = torch.randn(9, D) + 2
+    mean = x.mean(-1, keepdim=True)
+    torch.testing.assert_close(centred(x), sae(x - mean) + mean)
+    torch.testing.assert_close(centred(x - mean), sae(x - mean))  # what SAELens computes
+    assert torch.equal(centred.W_enc, sae.W_enc)
+    centred.save_pretrained(tmp_path / "again")
+    assert SAE.from_pretrained(tmp_path / "again").config == centred.config
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_transcoders_round_trip(tmp_path, make, same_state, skip, activation):
+    places = {"hook_name": "blocks.2.mlp.hook_in", "hook_name_out": "blocks.2.hook_mlp_out"}
+    fields = {"d_out": 4, "apply_b_dec_to_input": False, "skip": skip}
+    sae = make(activation, **fields, **places)
+    sae.save_pretrained(tmp_path)
+    (tmp_path / "fastsae.json").unlink()
+    again = SAE.from_pretrained(tmp_path)
+    assert same_state(again, sae) and again.config.d_out == 4 and again.config.skip is skip
+    assert (again.config.hook_name, again.config.hook_name_out) == tuple(places.values())
+    cfg = json.loads((tmp_path / "cfg.json").read_text())
+    prefix = "jumprelu_" if activation == "jumprelu" else ""
+    assert cfg["architecture"] == prefix + ("skip_transcoder" if skip else "transcoder")
+    x = torch.randn(7, D)
+    wanted = sae.encode(x).to_dense() @ sae.W_dec + sae.b_dec
+    wanted = wanted + x @ sae.W_skip.T if skip else wanted
+    torch.testing.assert_close(again(x), wanted)
+    assert again(x).shape == (7, 4)
+
+
+@pytest.mark.parametrize(
+    "fields,words",
+    [
+        ({"activation": "topk", "d_out": 4, "apply_b_dec_to_input": False}, "of a transcoder"),
+        ({"activation": "groupmax", "d_sae": 9}, "activation='groupmax'"),
+        ({"skip": True}, "the skip connection of an autoencoder"),
+        ({"activation_scale": True}, "an activation_scale"),
+    ],
+)
+def test_what_saelens_cannot_say_is_not_written(tmp_path, make, fields, words):
+    with pytest.raises(FastsaeError, match="SAELens has no form for") as error:
+        make(**fields).save_pretrained(tmp_path / "sae")
+    assert words in str(error.value) and not (tmp_path / "sae").exists()
+
+
+def test_a_batchtopk_training_checkpoint(tmp_path, make):
+    """`architecture` batchtopk: the threshold is one double, topk_threshold."""
+    make("relu").save_pretrained(tmp_path)
+    path = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(path) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}, path)
+    cfg = {"architecture": "batchtopk", "k": 3, "metadata": {}}
+    flat(tmp_path, **cfg)
+    sae = SAE.from_pretrained(tmp_path)
+    assert sae.config.activation == "batchtopk" and (sae.threshold == 0.7).all()
+
+
+def test_old_scaling_factors(tmp_path, make, fails):
+    sae = make("relu")
+    sae.save_pretrained(tmp_path)
+    flat(tmp_path)
+    path = tmp_path / "sae_weights.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"scaling_factor": torch.ones(F)}, path)
+    assert torch.equal(SAE.from_pretrained(tmp_path).W_dec, sae.W_dec)
+    save_file(tensors | {"scaling_factor": torch.full((F,), 1.5)}, path)
+    fails(tmp_path, "a scaling_factor other than 1 cannot be represented")
+
+
+@pytest.mark.parametrize("architecture", ["gated", "topk"])
+def test_folds_are_the_formula(tmp_path, architecture):
+    """gated: 1[Wh₀ + b_gate > 0]·ReLU(e^r·Wh₀ + b_mag). topk: h·n is ranked, x̂ = Σ a W_dec / n."""
+    t = {"W_enc": torch.randn(D, F), "W_dec": torch.randn(F, D) * 3, "b_dec": torch.randn(D)}
+    extra = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    t |= {name: torch.randn(F) * 0.5 for name in extra}
+    t["W_dec"][2] = 0
+    cfg = {"architecture": architecture, "metadata": {}}
+    cfg |= {"k": K, "rescale_acts_by_decoder_norm": True} if architecture == "topk" else {}
+    save_file(t, tmp_path / "sae_weights.safetensors")
+    flat(tmp_path, **cfg)
+    sae = SAE.from_pretrained(tmp_path)
     x = torch.randn(200, D)
-    product = (x - tensors["b_dec"]) @ tensors["W_enc"]
-    wanted = (product * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
-    wanted = torch.where(product + tensors["b_gate"] > 0, wanted, 0)
-    assert (wanted > 0).any()
-    torch.testing.assert_close(sae.encode(x).to_dense(), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_decoder_norms_fold_into_the_weights():
-    """rescale_acts_by_decoder_norm: h·n is ranked, x̂ = Σ a W_dec / n."""
-    torch.manual_seed(4)
-    tensors = {"W_enc": torch.randn(D, F), "W_dec": torch.randn(F, D) * 3}
-    tensors |= {"b_enc": torch.randn(F), "b_dec": torch.randn(D)}
-    tensors["W_dec"][2] = 0
-    cfg = {"architecture": "topk", "k": K, "d_in": D, "d_sae": F, "metadata": {}}
-    cfg["rescale_acts_by_decoder_norm"] = True
-    config, state = saelens.to_fastsae(cfg, dict(tensors), "here")
-    sae = SAE(config)
-    sae.load_state_dict(state)
-    n = tensors["W_dec"].norm(dim=1)
-    x = torch.randn(50, D)
-    h = ((x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]) * n
-    code = torch.zeros(50, F).scatter(1, h.topk(K).indices, h.topk(K).values.relu())
+    h = (x - t["b_dec"]) @ t["W_enc"]
+    n = torch.ones(F)
+    if architecture == "gated":
+        code = (h * t["r_mag"].exp() + t["b_mag"]).relu()
+        code = torch.where(h + t["b_gate"] > 0, code, 0)
+    else:
+        n = t["W_dec"].norm(dim=1)
+        h = (h + t["b_enc"]) * n
+        code = torch.zeros(200, F).scatter(1, h.topk(K).indices, h.topk(K).values.relu())
+    assert (code > 0).any()
     torch.testing.assert_close(sae.encode(x).to_dense(), code, rtol=1e-5, atol=1e-5)
-    wanted = (code / n.clamp(min=1e-9)) @ tensors["W_dec"] + tensors["b_dec"]
-    torch.testing.assert_close(sae(x), wanted, rtol=1e-5, atol=1e-5)
+    wanted = (code / n.clamp(min=1e-9)) @ t["W_dec"] + t["b_dec"]
+    torch.testing.assert_close(sae(x), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_a_gated_sae_at_its_boundaries(tmp_path):
+    """Both gates at zero, on integers, where every sum is exact: closed, like the peer's `> 0`."""
+    t = {"W_enc": torch.eye(2), "W_dec": torch.eye(2), "b_dec": torch.zeros(2)}
+    t |= {"r_mag": torch.zeros(2), "b_mag": torch.tensor([1.0, -3.0]), "b_gate": -torch.ones(2)}
+    save_file(t, tmp_path / "sae_weights.safetensors")
+    cfg = {"architecture": "gated", "d_in": 2, "d_sae": 2, "metadata": {}}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    sae = SAE.from_pretrained(tmp_path)
+    x = torch.tensor([[1.0, 3.0], [2.0, 2.0], [-1.0, 4.0]])
+    # π = x − 1 must be > 0, magnitudes are x + 1 and x − 3.
+    wanted = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 1.0]])
+    assert torch.equal(sae.encode(x).to_dense(), wanted)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae import SAE, FastsaeError, FeatureStats, formats
+from fastsae import SAE, FastsaeError, FeatureStats
+from fastsae.formats import files
 
 D, F = 6, 10
 
@@ -18,10 +19,12 @@ def test_what_is_not_there(tmp_path, fails):
     fails(tmp_path / "no", "no such folder")
     fails("./no/such/place", "no such folder")
     fails("a/b/c", "no such folder", "org/name")
-    fails(tmp_path, "cfg.json", "not an SAE checkpoint")
+    fails(tmp_path, "no weights, such as sae_weights.safetensors", "not an SAE checkpoint")
     (tmp_path / "cfg.json").write_text("{}")
-    fails(tmp_path, "sae_weights.safetensors", "no such file")
-    fails(tmp_path / "cfg.json", "no such folder")
+    fails(tmp_path, "no weights, such as sae_weights.safetensors")
+    fails(tmp_path / "cfg.json", "not a weights file", ".safetensors, .npz, .pt")
+    fails(tmp_path, "compat: got 'mine'", "authors, saelens", compat="mine")
+    fails(tmp_path, "overrides: got 3", overrides=3)
     fails(tmp_path, "revision", "local folder", revision="main")
     fails(tmp_path, "format: got 'npz'", "saelens", format="npz")
     fails(tmp_path, "dtype: got 'int8'", "bfloat16", dtype="int8")
@@ -41,14 +44,15 @@ def test_a_broken_config(folder, fails):
 @pytest.mark.parametrize(
     "changes,words",
     [
-        ({"architecture": "transcoder"}, ["architecture 'transcoder'", "jumprelu"]),
+        ({"architecture": "temporal"}, ["architecture 'temporal'", "jumprelu"]),
+        ({"architecture": "transcoder"}, ["a transcoder SAE has", "unknown ['threshold']"]),
         ({"architecture": ["topk"]}, ["architecture ['topk']"]),
         ({"architecture": "<absent>"}, ["architecture None"]),
         ({"architecture": "topk", "k": 3}, ["a topk SAE has the keys", "unknown ['threshold']"]),
         ({"d_in": 7}, ["d_in = 7", "the biases say 6"]),
         ({"d_sae": 11}, ["d_sae = 11", "the biases say 10"]),
-        ({"normalize_activations": "layer_norm"}, ["normalize_activations = 'layer_norm'"]),
-        ({"reshape_activations": "hook_z"}, ["reshape_activations = 'hook_z'"]),
+        ({"normalize_activations": "covariance_whitening"}, ["= 'covariance_whitening' cannot"]),
+        ({"reshape_activations": "hook_q"}, ["reshape_activations = 'hook_q' cannot"]),
         ({"metadata": "text"}, ["metadata is 'text'", "JSON object"]),
     ],
 )
@@ -61,7 +65,7 @@ def test_a_config_that_cannot_be_represented(folder, changes, words, rewrite, fa
 def test_a_topk_sae_without_a_good_k(tmp_path, k, make, rewrite, fails):
     make().save_pretrained(tmp_path)
     rewrite(tmp_path, k=k)
-    fails(tmp_path, "cfg.json: k: got", "1 to d_sae = 10")
+    fails(tmp_path, "sae_weights.safetensors: k: got", "1 to d_sae = 10")
 
 
 def retensor(folder, **changes):
@@ -79,7 +83,7 @@ def retensor(folder, **changes):
         ({"W_enc": torch.zeros(D + 1, F)}, ["W_enc has shape [7, 10], expected [6, 10]"]),
         ({"W_enc": torch.zeros(F, D)}, ["W_enc has shape [10, 6], expected [6, 10]"]),
         ({"W_dec": torch.zeros(F, D + 1)}, ["W_dec has shape [10, 7], expected [10, 6]"]),
-        ({"b_enc": torch.zeros(F, 1)}, ["b_enc has shape [10, 1], expected [10]"]),
+        ({"b_enc": torch.zeros(F, 1)}, ["b_enc has shape [10, 1], expected one dimension"]),
         ({"threshold": torch.zeros(1)}, ["threshold has shape [1], expected [10]"]),
         ({"b_dec": torch.full((D,), torch.nan)}, ["b_dec holds NaN"]),
         ({"W_dec": torch.full((F, D), torch.inf)}, ["W_dec holds NaN or infinite"]),
@@ -126,7 +130,7 @@ def test_broken_statistics(folder, fails):
 def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch):
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
     sae = SAE.from_pretrained(folder)
-    left, real = 0, formats.os.fsync
+    left, real = 0, files.os.fsync
 
     def fsync(handle):
         nonlocal left
@@ -138,7 +142,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(folder, monkeypatch):
     for succeed in range(3):
         left = succeed
         with monkeypatch.context() as patch, pytest.raises(FastsaeError) as error:
-            patch.setattr(formats.os, "fsync", fsync)
+            patch.setattr(files.os, "fsync", fsync)
             with torch.no_grad():
                 sae.W_dec.add_(1)
             sae.save_pretrained(folder)
@@ -189,7 +193,34 @@ def test_the_hub_is_asked_for_these_files_only(tmp_path, monkeypatch, make, same
     assert (repository, revision) == ("org/name", "v2")
     assert names[:2] == ["layer_1/cfg.json", "layer_1/sae_weights.safetensors"]
     assert not any("*" in name for name in names)
-    fails("org/name", "org/name: has no cfg.json", "sae_id")
+    fails("org/name", "holds several SAEs; pass one as sae_id: layer_1")
+    fails("org/name", "org/name: has no SAE at layer_9", "sae_id", sae_id="layer_9")
+
+
+def test_one_file_of_a_repository_and_where_it_came_from(tmp_path, monkeypatch, make):
+    """A file is asked for with the configs beside it; commit and digest are those of the cache."""
+    hub = pytest.importorskip("huggingface_hub")
+    root, digest, asked = tmp_path / "snapshots" / "c0ffee", "ab" * 32, []
+    sae = make("relu", apply_b_dec_to_input=False)
+    names = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+    values = (sae.W_enc, sae.b_enc, sae.W_dec.T, sae.b_dec)
+    root.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    keys = {n: v.detach().contiguous() for n, v in zip(names, values, strict=True)}
+    torch.save(keys, tmp_path / "blobs" / digest)
+    (root / "sae-l19.pt").symlink_to(tmp_path / "blobs" / digest)
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(root)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    loaded = SAE.from_pretrained("org/name", "sae-l19.pt")
+    assert torch.equal(loaded.W_dec, sae.W_dec)
+    assert asked[:2] == ["sae-l19.pt", "cfg.json"] and "config.yaml" in asked
+    assert loaded.config.hook_name == "blocks.19.hook_resid_post"
+    origin = {"repository": "org/name", "file": "sae-l19.pt", "commit": "c0ffee", "sha256": digest}
+    assert loaded.config.metadata == {"origin": origin}
 
 
 def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, fails):

@@ -9,8 +9,8 @@ import pytest
 from fastsae.errors import FastsaeError
 from fastsae.serve.app import create_app
 from fastsae.serve.audit import Audit
-from fastsae.serve.engine import EngineError
 from fastsae.serve.policies import PolicyStore
+from fastsae.serve.seats import EngineError
 from fastsae.serve.state import Settings
 
 END = 3
@@ -34,18 +34,13 @@ class Letters:
         return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
-class Handle:
-    def counters(self):
-        return {}
-
-
 class Clockwork:
     """Answers with `script`, a token a beat; a policy turns the text into capitals."""
 
     eos, context, layers = (END,), 400, (12,)
 
     def __init__(self):
-        self.tokenizer, self.handle = Letters(), Handle()
+        self.tokenizer = Letters()
         self.script, self.beat, self.alive = "hello world", 0.0, False
         self.seen, self.cancelled, self.fail = [], [], None
 
@@ -58,6 +53,9 @@ class Clockwork:
     def check(self, entry):
         if max(f for op in entry.policy.operations for f in op.features) >= 100:
             raise FastsaeError("operations[0].features: the SAE has 100 features")
+
+    def counters(self):
+        return {}
 
     async def run(self, job):
         self.seen.append(job)

@@ -192,7 +192,7 @@ def by_hand(trunk_and_layers):
     return by_hand
 
 
-def definition(sae, policy, x):
+def definition(sae, policy, x, strength=1.0):
     """One token, one feature at a time."""
     with torch.no_grad():
         W, dec, b, b_dec = (p.double() for p in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
@@ -204,20 +204,32 @@ def definition(sae, policy, x):
         for o in policy.operations:
             h = W @ (r - b_dec) + b
             acts = h.relu()
-            if getattr(o, "active", "relu") == "sae":
+            if getattr(o, "active", "relu") == "sae" and sae.config.has_threshold:
+                acts = torch.where(h > sae.threshold.double(), acts, 0)
+            elif getattr(o, "active", "relu") == "sae" and sae.config.activation == "topk":
                 acts = torch.where(h >= h.topk(sae.config.k).values[-1], acts, 0)
             value = getattr(o, o.per_feature or "", (-1.0,) * len(o.features))
+            if getattr(o, "unit", "raw") != "raw":
+                scale = getattr(sae.stats, o.unit)[list(o.features)].double().tolist()
+                value = [c * own for c, own in zip(value, scale, strict=True)]
             if o.op == "enforce":
                 v = torch.stack([(o.magnitude - acts[f]).relu() for f in o.features])
-                moved = r + o.magnitude * (v / v.sum()) @ dec[list(o.features)]
+                moved = r + strength * o.magnitude * (v / v.sum()) @ dec[list(o.features)]
                 r = moved * r.norm() / moved.norm() if v.sum() > 0 else r
                 continue
             change = torch.zeros_like(r)
             for f, c in zip(o.features, value, strict=True):
                 a = acts[f]
+                if getattr(o, "mode", "set") == "floor" and a >= c:
+                    continue
                 change += dec[f] * {"add": c, "calibrate": c - a}.get(o.op, c * a)
-            r = r + change
+            r = r + strength * change
         return r * x.norm() / r.norm() if policy.norm == "preserve" else r
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    return definition
 
 
 @pytest.fixture

@@ -28,8 +28,11 @@ def test_generate_that_compiles_itself(
     model = build("gemma3")
     base = compiled_generate(model)  # a graph without hooks exists already
     for policies in (batch.policies, batch.policies[::-1]):
-        with steer(model, sae, policies):
-            want, got = generate(model), compiled_generate(model)
+        with steer(model, sae, policies) as handle:
+            want, counted = generate(model), handle.counts()
+            handle.set(policies)
+            got = compiled_generate(model)
+            assert handle.counts() == counted and sum(counted["layers.0.output"]) > 10
         assert torch.equal(got[0], want[0])
         torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled_generate(model)[1], base[1])

@@ -54,7 +54,7 @@ def test_a_batch_of_another_size_is_refused(llama, sae, everywhere, generate, lo
         (lambda m, make: attach(m, {0: None}), "saes: expected a fastsae.SAE for 0, got NoneType"),
         (lambda m, make: attach(m, {}), "saes: expected at least one"),
         (lambda m, make: attach(m, make(hook=None)), "layer: this SAE does not say where"),
-        (lambda m, make: attach(m, make(hook="blocks.0.hook_mlp_out")), "hook: cannot place"),
+        (lambda m, make: attach(m, make(hook="blocks.0.hook_mlp_in")), "hook: cannot place"),
         (lambda m, make: attach(m, make(width=16)), "sae: reads 16 dimensions, Llama.* has 32"),
         (lambda m, make: attach(m, make(), max_features=0), "max_features: expected a positive"),
         (lambda m, make: attach(nn.Linear(2, 2), make()), "model: found no list of decoder layers"),
@@ -105,7 +105,9 @@ def test_a_required_policy_that_was_not_applied_stops_generate(sae, build, gener
     model.config.num_hidden_layers = 1  # LlamaModel then never calls its second layer
     calm = Policy(add(1, 1.0), name="calm", required=True)
     with steer(model, sae, calm, layer=1):
-        with pytest.raises(FastsaeError, match=r"policy calm is required, but layer 1 never ran"):
+        with pytest.raises(
+            FastsaeError, match=r"policy calm is required, but layers.1.output never"
+        ):
             generate(model)
     with steer(model, sae, everywhere, layer=1), pytest.warns(UserWarning, match="never ran"):
         generate(model)
@@ -113,10 +115,10 @@ def test_a_required_policy_that_was_not_applied_stops_generate(sae, build, gener
         generate(model)
 
 
-def test_a_packed_batch_has_no_phases(llama, sae, logits, batch):
+def test_a_packed_forward_without_a_manager_is_refused(llama, sae, logits, batch):
     packed = {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)}
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with steer(llama, sae, PROMPT), pytest.raises(FastsaeError, match=r"^phase: generate_batch"):
+    with steer(llama, sae, PROMPT), pytest.raises(FastsaeError, match=r"made before attach"):
         logits(llama, batch.ids[1:2], None, position_ids=positions, **packed)
 
 

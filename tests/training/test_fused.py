@@ -75,6 +75,17 @@ def test_every_gradient_against_float64_autograd(loss, dead, n, isa):
         assert error < 1e-5, (name, error)
 
 
+@pytest.mark.parametrize("dead", [0, 20, 150])
+def test_dense_gradients_take_the_same_steps(dead, monkeypatch):
+    """The step of a GPU, whose gradients are dense: weights and moments of the CPU's step."""
+    (rows, x), (dense, _) = made(dead=dead), made(dead=dead)
+    wanted = run(rows, x, 3)
+    monkeypatch.setattr(fused, "_by_rows", lambda x: False)
+    for found, expected in zip(run(dense, x, 3), wanted, strict=True):
+        assert (found - expected).norm() <= 2e-5 * expected.norm()
+    assert all(w.grad is None for w in dense.weights.values())
+
+
 def test_steps_are_those_of_torch(isa):
     """Weights and moments after each step; the state of one way of stepping serves the other."""
     ours, x = made(dead=40)

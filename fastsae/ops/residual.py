@@ -1,0 +1,149 @@
+"""Steer the residual stream in place, where an engine keeps it as the sum of two tensors.
+
+For engines that compile or capture their model: fixed shapes, one op, and buffers whose contents
+alone change. On a CPU the op looks at its flags and leaves at once when no row has a policy; on a
+GPU it must not look (a captured graph runs no Python), and slot 0 of the steer kernel does nothing.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae.errors import FastsaeError
+from fastsae.ops.encode import encode_topk
+from fastsae.ops.steer import SteerTable, steer
+
+
+class MemberTable(NamedTuple):
+    """Operations that ask a top-k SAE for its own activation, and the gates of their policies.
+
+    S slots (slot 0 does nothing), J features in each, G features in a gate.
+    """
+
+    feature: Tensor  # [S, J] int32, −1: none
+    alpha: Tensor  # [S, J] float32
+    dec: Tensor  # [S, J, D] float32
+    gate_enc: Tensor  # [S, G, D] float32
+    gate_bias: Tensor  # [S, G] float32, padded with zeros like gate_enc
+    gate_size: Tensor  # [S] float32, features of the gate; 1 where there is none
+    gate_above: Tensor  # [S] float32, −inf: no gate
+    norm_preserve: Tensor  # [S] int32
+    W_enc: Tensor  # [F, D]
+    b_enc: Tensor  # [F]
+    b_dec: Tensor  # [D]
+
+
+def steer_residual_(
+    hidden: Tensor,
+    residual: Tensor | None,
+    active: Tensor,
+    slots: Tensor,
+    strengths: Tensor,
+    table: SteerTable,
+    stages: Tensor | None = None,
+    members: MemberTable | None = None,
+    k: int = 0,
+) -> None:
+    """hidden + residual becomes `steer(hidden + residual)`, row by row and in place.
+
+    hidden, residual [..., D] of T rows in all (residual may be None); active [2] int32: is any slot
+    set, is any stage; slots [≥ T] int32; strengths [≥ T] float32. A row that steering changes has
+    its new residual in `residual` and zeros in `hidden` (in `hidden` when there is only that); all
+    other rows keep their bits. Rows are numbered over the leading dimensions.
+
+    stages [2M + 2, ≥ T] int32 serves policies whose operations ask for membership in the k largest
+    of the whole dictionary: table slot, member slot, table slot, …, table slot, and the slot of the
+    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`.
+    """
+    torch.ops.fastsae.steer_residual_(
+        hidden,
+        residual,
+        active,
+        slots,
+        strengths,
+        list(table),
+        stages,
+        [] if members is None else list(members),
+        k,
+    )
+
+
+def steer_residual(hidden, residual, active, slots, strengths, table, stages, members, k) -> None:
+    """The implementation behind the op's schema."""
+    on_cpu = hidden.is_cpu
+    steered, staged = active.tolist() if on_cpu else (1, stages is not None)
+    if not (steered or staged):
+        return
+    flat = hidden.view(-1, hidden.shape[-1])
+    rows = flat.shape[0]
+    if rows > slots.shape[0]:
+        raise FastsaeError(f"hidden: got {rows} rows, the buffers hold {slots.shape[0]}")
+    other = None if residual is None else residual.view(flat.shape)
+    slots, strengths = slots[:rows], strengths[:rows]
+    index = None
+    if on_cpu:  # only the rows that have something to do
+        chosen = slots != 0
+        if staged:
+            chosen |= stages[-1, :rows] != 0
+        index = chosen.nonzero()[:, 0]
+        slots, strengths = slots[index], strengths[index]
+    x = flat if index is None else flat[index]
+    if other is not None:
+        x = x + (other if index is None else other[index])
+    y = steer(x, slots, strengths, SteerTable(*table))
+    if staged:
+        stage = stages[:, :rows] if index is None else stages[:, index]
+        y = _staged(x, y, stage, strengths, SteerTable(*table), MemberTable(*members), k)
+    # A row nobody changed keeps both its parts: their rounded sum is not what the next layer adds.
+    changed = (y != x).any(-1, keepdim=True)
+    target = flat if other is None else other
+    if index is None:
+        target.copy_(torch.where(changed, y.to(target.dtype), target))
+        if other is not None:
+            flat.masked_fill_(changed, 0)
+        return
+    index = index[changed[:, 0]]
+    target[index] = y[changed[:, 0]].to(target.dtype)
+    if other is not None:
+        flat[index] = 0
+
+
+def _staged(x, y, stage, strengths, table, members, k) -> Tensor:
+    """y with the rows of staged policies replaced."""
+    finish = stage[-1].long()
+    start = x.to(torch.float32)
+    r = start
+    for i, slot in enumerate(stage[:-1].unbind(0)):
+        slot = slot.contiguous()
+        if i % 2 == 0:
+            r = steer(r, slot, strengths, table)
+        else:
+            r = _amplify_members(r, slot.long(), strengths, members, k)
+    before, after = start.norm(dim=-1, keepdim=True), r.norm(dim=-1, keepdim=True)
+    rescale = (members.norm_preserve[finish] != 0).unsqueeze(-1) & (after > 0)
+    r = torch.where(rescale, r * (before / after), r)
+    h = _gather(start, members.gate_enc, finish) + members.gate_bias[finish]
+    opened = h.relu().sum(-1) / members.gate_size[finish] >= members.gate_above[finish]
+    return torch.where(((finish != 0) & opened).unsqueeze(-1), r.to(x.dtype), y)
+
+
+def _rows_of(slot: Tensor, width: int) -> Tensor:
+    """[N, width] int32: rows of a [S · width, D] matrix, those of each row's slot."""
+    return (slot.unsqueeze(-1) * width + torch.arange(width, device=slot.device)).to(torch.int32)
+
+
+def _gather(x: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
+    rows = _rows_of(slot, weights.shape[1])
+    return torch.ops.fastsae.gather_dot(x, weights.flatten(0, 1), rows, "")
+
+
+def _amplify_members(r, slot, strengths, members, k) -> Tensor:
+    values, indices = encode_topk(r, members.W_enc, members.b_enc, k, b_dec=members.b_dec)
+    member = indices.unsqueeze(-1) == members.feature[slot].unsqueeze(1)  # [N, k, J]
+    acts = torch.where(member, values.unsqueeze(-1), 0).sum(-2)
+    rows = _rows_of(slot, members.feature.shape[1])
+    coefficient = members.alpha[slot] * acts
+    delta = torch.ops.fastsae.decode(coefficient, rows, members.dec.flatten(0, 1), None, "")
+    # Slot 0 keeps its bits even where another row's residual is not finite.
+    return torch.where((slot != 0).unsqueeze(-1), r + strengths.unsqueeze(-1) * delta, r)

@@ -1,0 +1,140 @@
+"""What the operator asks for: the entry "fastsae" of vLLM's --additional-config."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastsae.errors import FastsaeError
+from fastsae.models import Hook, resolve_hook
+from fastsae.steering.policy import Policy
+from fastsae.steering.table import Capacity
+
+KEY = "fastsae"  # in additional_config, and in a request's extra_args
+
+
+class SiteSettings(NamedTuple):
+    """One SAE and the policies over its features that are there from the start."""
+
+    sae: str
+    sae_id: str | None
+    layer: int | str | None
+    policies: str | None
+
+    def read_policies(self) -> list[Policy]:
+        if self.policies is None:
+            return []
+        given = Policy.from_file(self.policies)
+        return given if isinstance(given, list) else [given]
+
+    def load_sae(self):
+        from fastsae.sae import SAE
+
+        return SAE.from_pretrained(self.sae, self.sae_id)
+
+
+class Settings(NamedTuple):
+    sites: tuple[SiteSettings, ...]
+    capacity: Capacity  # per site
+    membership: int  # operations of one policy that may ask a top-k SAE for its own activation
+    first_token: bool
+    max_strength: float
+    admin_keys: str | None  # a file with a key per line
+    audit: str | None  # a file that gets a line per steered request
+
+    def read_admin_keys(self) -> list[str]:
+        if self.admin_keys is None:
+            return []
+        try:
+            lines = Path(self.admin_keys).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise FastsaeError(f"fastsae.admin_keys: cannot read the file: {error}") from error
+        return [line.strip() for line in lines if line.strip()]
+
+
+_SITE = ("sae", "sae_id", "layer", "policies")
+_ALL = ("sites", *Capacity._fields, "membership", "first_token", "max_strength")
+_ALL += ("admin_keys", "audit")
+
+
+def from_config(additional_config: Any) -> Settings | None:
+    """The settings, or None when the operator did not ask for fastsae. Unknown keys are errors."""
+    given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+    if given is None:
+        return None
+    fields = _known("fastsae", given, _ALL)
+    sites = fields.get("sites")
+    if not isinstance(sites, list) or not sites:
+        raise FastsaeError('fastsae.sites: expected a list such as [{"sae": "folder", "layer": 2}]')
+    membership = fields.get("membership", 0)
+    if isinstance(membership, bool) or not isinstance(membership, int) or membership < 0:
+        raise FastsaeError(f"fastsae.membership: expected an integer ≥ 0, got {membership!r}")
+    first_token = fields.get("first_token", False)
+    if not isinstance(first_token, bool):
+        raise FastsaeError(f"fastsae.first_token: expected true or false, got {first_token!r}")
+    strongest = fields.get("max_strength", 100.0)
+    if not is_number(strongest) or strongest <= 0:
+        raise FastsaeError(f"fastsae.max_strength: expected a number above 0, got {strongest!r}")
+    return Settings(
+        tuple(_site(f"fastsae.sites[{i}]", site) for i, site in enumerate(sites)),
+        Capacity(**{n: fields[n] for n in Capacity._fields if n in fields}).checked(),
+        membership,
+        first_token,
+        float(strongest),
+        _text("fastsae.admin_keys", fields.get("admin_keys")),
+        _text("fastsae.audit", fields.get("audit")),
+    )
+
+
+def is_number(given: Any) -> bool:
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    return number and math.isfinite(given)
+
+
+def _known(where: str, given: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
+    if not isinstance(given, Mapping):
+        raise FastsaeError(f"{where}: expected a JSON object, got {given!r}")
+    for name in given:
+        if name not in names:
+            raise FastsaeError(f"{where}: unknown key {name!r}; accepted are {', '.join(names)}")
+    return given
+
+
+def _site(where: str, given: Any) -> SiteSettings:
+    fields = _known(where, given, _SITE)
+    if "sae" not in fields:
+        raise FastsaeError(f"{where}.sae: missing; name a folder or a repository")
+    texts = {n: _text(f"{where}.{n}", fields.get(n)) for n in ("sae", "sae_id", "policies")}
+    layer = fields.get("layer")
+    if layer is not None:
+        resolve_hook(layer)
+    return SiteSettings(layer=layer, **texts)
+
+
+def _text(where: str, given: Any) -> str | None:
+    if given is not None and (not isinstance(given, str) or not given):
+        raise FastsaeError(f"{where}: expected a text, got {given!r}")
+    return given
+
+
+def layer_after(site: SiteSettings, trained_at: str | None) -> int:
+    """The decoder layer whose output is the site's residual; an input is the output before it."""
+    place = site.layer if site.layer is not None else trained_at
+    if place is None:
+        raise FastsaeError(
+            f"layer: the SAE {site.sae} does not say where it was trained; "
+            'name it, {"sae": …, "layer": 12}'
+        )
+    hook = resolve_hook(place)
+    if isinstance(site.layer, int) and trained_at is not None:
+        try:
+            trained = resolve_hook(trained_at)
+        except FastsaeError:
+            trained = hook
+        hook = trained if trained.layer == hook.layer else hook
+    if hook == Hook(0, "input"):
+        raise FastsaeError(
+            "layer: the input of layer 0 is the embedding, which this plugin does not see; "
+            "take the output of a layer"
+        )
+    return hook.layer if hook.side == "output" else hook.layer - 1

@@ -1,0 +1,170 @@
+"""Buffers and op on one layer, without vLLM: rows steered as by the Hugging Face adapter."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastsae
+from fastsae import FastsaeError, Policy
+from fastsae.steering.table import Capacity
+from fastsae.steering.vllm.layer import SteeredLayer, residual_parts
+
+D, TOKENS = 48, 32
+PLAIN = Policy([fastsae.amplify([1, 5], 4.0), fastsae.add(9, 2.0)], norm="preserve", name="plain")
+GATED = Policy(fastsae.add(3, 5.0), gate=fastsae.gate([2, 4], above=0.4), name="gated")
+MEMBER = Policy(
+    [fastsae.add(2, 1.5), fastsae.amplify(range(20), 3.0, active="sae"), fastsae.ablate(7)],
+    name="member",
+)
+FINISHED = Policy(
+    fastsae.amplify(range(30), 3.0, active="sae"),
+    gate=fastsae.gate([2, 4, 6], above=0.3),
+    norm="preserve",
+    name="finished",
+)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    torch.manual_seed(1)
+    sae = fastsae.SAE(fastsae.SAEConfig(D, 96, k=8))
+    with torch.no_grad():
+        sae.b_enc.normal_(0, 0.1)
+        sae.b_dec.normal_(0, 0.1)
+    return sae
+
+
+@pytest.fixture
+def layer(sae):
+    return SteeredLayer(sae, Capacity(max_policies=8), 1, TOKENS, "cpu")
+
+
+class Decoder(nn.Module):
+    """A model of one layer whose output is its input; `steer` hooks it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity()])
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.layers[0].weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.layers[0](x)
+
+
+def by_hugging_face(sae, policy, strength, x):
+    model = Decoder()
+    with fastsae.steer(model, sae, policy, layer=0, strength=strength, first_token=True):
+        return model(x.unsqueeze(0))[0]
+
+
+@pytest.mark.parametrize("residual_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["pair", "single", "none"])
+def test_rows_are_steered_as_by_the_hugging_face_adapter(sae, layer, form, residual_type):
+    hidden, residual = torch.randn(2, 20, D, dtype=residual_type).unbind(0)
+    plan = [(2, 6, PLAIN, 1.0), (6, 9, GATED, 0.5), (11, 15, MEMBER, -1.5), (15, 19, FINISHED, 2.0)]
+    layer.fill([(a, b, layer.acquire(policy), s) for a, b, policy, s in plan])
+    h, r = hidden.clone(), residual.clone()
+    output = {"pair": (h, r), "single": h, "none": (h, None)}[form]
+    layer.hook(None, (), output)
+    x = hidden + residual if form == "pair" else hidden
+    total = h + r if form == "pair" else h
+    steered = 0
+    for begin, end, policy, strength in plan:
+        wanted = by_hugging_face(sae, policy, strength, x)[begin:end]
+        assert torch.equal(total[begin:end], wanted), policy.label
+        steered += int((wanted != x[begin:end]).any(-1).sum())
+    assert 8 <= steered < 15  # gates are open on some rows only
+    idle = [0, 1, 9, 10, 19]
+    assert torch.equal(h[idle], hidden[idle]) and torch.equal(r[idle], residual[idle])
+
+
+def test_rows_without_a_policy_keep_their_bits_whatever_they_hold(layer):
+    hidden, residual = torch.randn(2, 10, D).unbind(0)
+    hidden[3], residual[4], hidden[5] = torch.nan, torch.inf, -0.0
+    h, r = hidden.clone(), residual.clone()
+    layer.fill([(0, 2, layer.acquire(PLAIN), 1.0), (8, 10, layer.acquire(MEMBER), 1.0)])
+    layer(h, r)
+    for new, old in ((h, hidden), (r, residual)):
+        assert torch.equal(new[2:8].view(torch.int32), old[2:8].view(torch.int32))
+    layer.fill([])
+    assert layer.active.tolist() == [0, 0]
+    h, r = hidden.clone(), residual.clone()
+    layer(h, r)
+    assert torch.equal(h.view(torch.int32), hidden.view(torch.int32))
+
+
+def test_the_next_forward_forgets_the_rows_of_this_one(sae, layer):
+    layer.fill([(0, 4, layer.acquire(PLAIN), 1.0), (4, 6, layer.acquire(MEMBER), 1.0)])
+    layer.fill([(5, 6, layer.acquire(PLAIN), 1.0)])
+    x = torch.randn(8, D)
+    new = x.clone()
+    layer(new, None)
+    assert torch.equal(new[5:6], by_hugging_face(sae, PLAIN, 1.0, x)[5:6])
+    assert torch.equal(new[[0, 1, 2, 3, 4, 6, 7]], x[[0, 1, 2, 3, 4, 6, 7]])
+
+
+def test_one_graph_follows_the_buffers(sae, layer):
+    def forward(h, r):
+        layer(h, r)
+        return h + r
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for policy in (None, PLAIN, MEMBER, FINISHED):
+        spans = [] if policy is None else [(1, 5, layer.acquire(policy), 1.0)]
+        layer.fill(spans)
+        h, r = torch.randn(2, 6, D).unbind(0)
+        wanted = h + r
+        if policy is not None:
+            wanted[1:5] = by_hugging_face(sae, policy, 1.0, wanted)[1:5]
+        assert torch.equal(compiled(h.clone(), r.clone()), wanted)
+
+
+def test_slots_are_counted_and_given_back(layer):
+    free = len(layer._free_members), len(layer._free_finishes)
+    for _ in range(20):  # more often than there are slots
+        for policy in (PLAIN, MEMBER, FINISHED):
+            first = layer.acquire(policy)
+            assert layer.acquire(policy) is first
+        for policy in (PLAIN, MEMBER, FINISHED) * 2:
+            layer.release(policy)
+    assert layer.applied == {}
+    assert (len(layer._free_members), len(layer._free_finishes)) == free
+    assert all(not resident.users for resident in layer.table._residents.values())
+
+
+def test_what_does_not_fit_is_refused_with_the_setting_to_change(sae, layer):
+    two = Policy([fastsae.amplify(1, 1.0, active="sae"), fastsae.amplify(2, 1.0, active="sae")])
+    with pytest.raises(FastsaeError, match=r'membership: .* 2 operations .* allows 1; set "member'):
+        layer.check(two)
+    with pytest.raises(FastsaeError, match="at most 32"):
+        layer.check(Policy(fastsae.amplify(range(33), 1.0, active="sae")))
+    with pytest.raises(FastsaeError, match="features: 96 is out of range"):
+        layer.check(Policy(fastsae.ablate(96)))
+    small = SteeredLayer(sae, Capacity(max_features=4, max_operations=1), 0, TOKENS, "cpu")
+    with pytest.raises(FastsaeError, match=r"max_features: .* needs 5, the buffers hold 4"):
+        small.check(Policy(fastsae.ablate(range(5))))
+    with pytest.raises(FastsaeError, match="max_operations"):
+        small.check(Policy([fastsae.ablate(1), fastsae.ablate(2)]))
+    with pytest.raises(FastsaeError, match="allows 0"):
+        small.check(MEMBER)
+    assert small.check(Policy(fastsae.ablate([1, 2]))).items == 2
+
+
+def test_more_rows_than_buffers_raise(layer):
+    layer.fill([(0, 1, layer.acquire(PLAIN), 1.0)])
+    with pytest.raises(FastsaeError, match="the buffers hold 32"):
+        layer(torch.zeros(TOKENS + 1, D), None)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [None, (torch.zeros(2, 3),), (torch.zeros(2, 3), torch.zeros(3, 3)), (torch.zeros(2, 3), "x")],
+)
+def test_an_unknown_form_of_the_residual_is_refused(output):
+    with pytest.raises(FastsaeError, match="knows \\(hidden, residual\\)"):
+        residual_parts(output)
+
+
+def test_its_buffers_are_no_part_of_a_checkpoint(layer):
+    assert dict(layer.state_dict()) == {} and list(layer.parameters()) == []

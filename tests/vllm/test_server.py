@@ -1,0 +1,310 @@
+"""A real server over HTTP: the steering field, admin routes, a killed engine, random requests."""
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+
+KEY = {"X-Fastsae-Key": "a-second-key"}
+
+
+def call(url, body=None, *, method=None, headers=(), timeout=60):
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"content-type": "application/json", **dict(headers)}
+    request = urllib.request.Request(url, data, sent, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    return SimpleNamespace(status=status, text=text.decode(errors="replace"))
+
+
+@pytest.fixture(scope="module")
+def start(folder, tiny, environment, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("server")
+    (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
+
+    @contextlib.contextmanager
+    def started():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = tiny.engine_arguments(folder)
+        flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
+        for name, value in arguments.items():
+            flag = "--" + name.replace("_", "-")
+            flags += [flag] if value is True else [flag, str(value)]
+        audit = elsewhere / f"{port}.jsonl"
+        more = {"admin_keys": str(elsewhere / "keys"), "audit": str(audit), "max_policies": 6}
+        settings = tiny.settings(folder, **more)
+        flags += ["--additional-config", json.dumps(settings)]
+        log = (elsewhere / f"{port}.log").open("w+")
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
+            cwd=elsewhere,
+            env=environment | {"VLLM_PLUGINS": "fastsae"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        url = f"http://127.0.0.1:{port}"
+        server = SimpleNamespace(process=process, url=url, audit=audit)
+        try:
+            for _ in range(240):
+                assert process.poll() is None, open(log.name).read()[-6000:]
+                with contextlib.suppress(OSError):
+                    if call(f"{url}/health").status == 200:
+                        break
+                time.sleep(1)
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            log.close()
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def server(start):
+    with start() as server:
+        yield server
+
+
+def completion(server, request, **more):
+    body = {
+        "model": "tiny",
+        "prompt": request["prompt"],
+        "max_tokens": request["tokens"],
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **more,
+    }
+    if request["steering"] is not None:
+        body["steering"] = request["steering"]
+    return body
+
+
+def tokens_of(answer) -> list[int]:
+    assert answer.status == 200, answer.text
+    return json.loads(answer.text)["choices"][0]["token_ids"]
+
+
+def status_of(server):
+    answer = call(f"{server.url}/fastsae/status", headers=KEY)
+    assert answer.status == 200, answer.text
+    return json.loads(answer.text)
+
+
+def wait_until_idle(server):
+    for _ in range(100):
+        status = status_of(server)
+        if not any(status["in_use"]) and status["held"] == 0:
+            break
+        time.sleep(0.2)
+    # Workers hear of the last requests that finished with the next step.
+    call(f"{server.url}/v1/completions", completion(server, UNSTEERED))
+    status = status_of(server)
+    assert not any(status["in_use"]) and status["held"] == 0
+    assert all(each["requests"] == each["policies"] == 0 for each in status["workers"])
+
+
+UNSTEERED = {"prompt": [5, 6, 7], "steering": None, "tokens": 2}
+
+
+def test_the_steering_field_steers_as_the_hugging_face_adapter(server, crowd, expected):
+    for request in [crowd[0], crowd[7], crowd[30]]:
+        answer = call(f"{server.url}/v1/completions", completion(server, request))
+        assert tokens_of(answer) == expected(request)
+
+
+def test_streams_are_steered(server, crowd, expected):
+    request = crowd[1]
+    body = completion(server, request, stream=True)
+    answer = call(f"{server.url}/v1/completions", body)
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line[6:7] == "{"]
+    tokens = [token for chunk in chunks for token in chunk["choices"][0]["token_ids"] or ()]
+    assert tokens == expected(request)
+
+
+def test_chats_are_steered(server):
+    def ask(**more):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello there"}]}
+        body |= {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        return tokens_of(call(f"{server.url}/v1/chat/completions", body | more))
+
+    plain = ask()
+    assert ask(steering={"policy": "p1"}) != plain
+    assert ask(steering={"policy": "p1", "strength": 0}) == plain == ask(steering=None)
+
+
+@pytest.mark.parametrize(
+    "steering, says",
+    [
+        ({"policy": "nobody"}, "there is no policy 'nobody'; loaded are p0@1"),
+        ({"policy": "p0@2"}, "there is no policy 'p0@2'"),
+        ({}, "steering.policy"),
+        ({"policy": 3}, "steering.policy"),
+        ({"policy": "p0", "strength": "much"}, "steering.strength"),
+        ({"policy": "p0", "strength": 1e9}, "this server allows"),
+        ({"policy": "p0", "layer": 3}, "unknown key 'layer'"),
+        ("p0", "steering"),
+        ([], "steering"),
+        (True, "steering"),
+    ],
+)
+def test_a_wrong_field_is_a_400_that_says_so(server, steering, says):
+    body = completion(server, UNSTEERED) | {"steering": steering}
+    answer = call(f"{server.url}/v1/completions", body)
+    assert answer.status == 400 and says in json.loads(answer.text)["error"]["message"]
+
+
+def test_what_cannot_be_steered_is_a_400(server):
+    steering = {"policy": "p0"}
+    inside = completion(server, UNSTEERED) | {"vllm_xargs": {"fastsae": json.dumps(steering)}}
+    assert call(f"{server.url}/v1/completions", inside).status == 400
+    beams = completion(server, UNSTEERED | {"steering": steering}) | {"use_beam_search": True}
+    assert call(f"{server.url}/v1/completions", beams).status == 400
+    other = {"model": "tiny", "input": "Hello", "steering": steering}
+    assert call(f"{server.url}/v1/responses", other).status == 400
+
+
+def test_admin_routes_need_their_own_key(server):
+    for headers in ({}, {"X-Fastsae-Key": "wrong"}):
+        assert call(f"{server.url}/fastsae/status", headers=headers).status == 403
+        url = f"{server.url}/fastsae/policies"
+        assert call(url, {"name": "x"}, method="POST", headers=headers).status == 403
+        assert call(f"{url}/p0", method="DELETE", headers=headers).status == 403
+
+
+def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
+    url = f"{server.url}/fastsae/policies"
+    request = crowd[3] | {"steering": {"policy": "new"}}
+
+    def generate():
+        return call(f"{server.url}/v1/completions", completion(server, request))
+
+    assert generate().status == 400
+    policy = {"name": "new", "operations": [{"op": "add", "features": [3], "strength": 9.0}]}
+    assert call(url, policy, method="POST", headers=KEY).status == 200
+    added = tokens_of(generate())
+    policy["operations"] = [{"op": "add", "features": [3], "strength": -9.0}]
+    assert call(url, policy, method="POST", headers=KEY).status == 400
+    assert call(url, policy, method="PUT", headers=KEY).status == 200
+    assert tokens_of(generate()) != added
+    bad = [b"{", b"[]", b'{"name": "x"}', b'{"name": "x", "name": "y"}', b"\x80\x04pickle"]
+    assert [call(url, body, method="POST", headers=KEY).status for body in bad] == [400] * 5
+    assert call(f"{url}/new", method="DELETE", headers=KEY).status == 200
+    assert generate().status == 400
+
+
+def test_metrics_and_the_audit_log_tell_of_steered_requests_only(server, crowd):
+    def counted():
+        lines = call(f"{server.url}/metrics").text.splitlines()
+        name = 'fastsae_requests_total{policy="p2@1",status="200"}'
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    before, size = counted(), len(server.audit.read_text().splitlines())
+    for request in (crowd[2], crowd[30]):
+        call(f"{server.url}/v1/completions", completion(server, request))
+    assert counted() == before + 1
+    (line,) = server.audit.read_text().splitlines()[size:]
+    recorded = json.loads(line)
+    assert recorded["policy"] == "p2@1" and recorded["layer"] == 2 and recorded["status"] == 200
+
+
+def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected, request):
+    """Steered, unsteered, malformed and cancelled requests at random, eight at a time."""
+    requests = request.config.getoption("--fuzz-requests")
+    dice = random.Random(0)
+    kinds = []
+    for _ in range(12):  # a wrong policy would show: each kind's tokens are known
+        steering = dice.choice([None, {"policy": f"p{dice.randrange(8)}@1"}])
+        steering = steering and {**steering, "strength": dice.choice([1.0, 0.5, -1.0, 2.0])}
+        length = dice.choice([1, 7, 40, 140])
+        prompt = tiny.prompt(dice.randrange(100), length)
+        kinds.append({"prompt": prompt, "steering": steering, "tokens": dice.randrange(1, 12)})
+    known = [expected(kind) for kind in kinds]
+    malformed = [
+        b"",
+        b"{",
+        b"[1, 2]",
+        b'{"steering": ' + b"[" * 3000,
+        b'{"model": "tiny", "prompt": [3], "steering": {"policy": null}}',
+        b'{"model": "tiny", "prompt": [3], "steering": {"policy": "p0", "strength": NaN}}',
+        b'{"model": "tiny", "prompt": [3], "vllm_xargs": {"fastsae": "{}"}}',
+        b'{"model": "tiny", "prompt": [3], "\\u0073teering": {"policy": "gone"}}',
+        b'{"model": "tiny", "steering": {"policy": "p0"}}',
+        b'{"steering": {"policy": "\xff"}}',
+    ]
+    plan = [
+        (dice.choices(["good", "bad", "cancel"], [8, 2, 1])[0], dice.randrange(1 << 30))
+        for _ in range(requests)
+    ]
+    url = f"{server.url}/v1/completions"
+
+    def one(step) -> str:
+        what, number = step
+        if what == "bad":
+            status = call(url, malformed[number % len(malformed)]).status
+            return "" if 400 <= status < 500 else f"{malformed[number % len(malformed)]}: {status}"
+        i = number % len(kinds)
+        if what == "cancel":
+            body = completion(server, kinds[i] | {"tokens": 200}, stream=True)
+            with contextlib.suppress(OSError):
+                call(url, body, timeout=0.05)
+            return ""
+        answer = call(url, completion(server, kinds[i]))
+        if answer.status != 200:
+            return f"{kinds[i]['steering']}: {answer.status} {answer.text}"
+        return "" if tokens_of(answer) == known[i] else f"wrong tokens for {kinds[i]}"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        complaints = [text for text in pool.map(one, plan) if text]
+    assert not complaints, f"{len(complaints)} of {requests}: {complaints[:5]}"
+    wait_until_idle(server)
+
+
+def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd, expected):
+    with start() as server, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        url = f"{server.url}/v1/completions"
+        request = crowd[1]
+        assert tokens_of(call(url, completion(server, request))) == expected(request)
+        running = [
+            pool.submit(call, url, completion(server, request | {"tokens": 300})) for _ in range(8)
+        ]
+        time.sleep(0.5)
+        listed = subprocess.run(
+            ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)],
+            capture_output=True,
+            text=True,
+        ).stdout
+        engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
+        assert engines, listed
+        for pid in engines:
+            os.kill(pid, signal.SIGKILL)
+        for future in running:  # every client hears of it, none waits for ever
+            try:
+                assert future.result(timeout=60).status >= 500
+            except OSError:
+                pass
+        server.process.wait(timeout=60)
+    with start() as server:
+        status = status_of(server)
+        assert status["armed"] and not any(status["in_use"])
+        answer = call(f"{server.url}/v1/completions", completion(server, request))
+        assert tokens_of(answer) == expected(request)
