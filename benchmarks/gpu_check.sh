@@ -89,7 +89,12 @@ measure() {
   return $status
 }
 
-export -f machine build tests graphs sanitize measure
+serving() {
+  "$python" -P benchmarks/vllm_load.py --compile --width 4096 --layers 16 --features 32768 \
+    --rounds 1 --out "$csv_vllm"
+}
+
+export -f machine build tests graphs sanitize measure serving
 export python site
 phase machine 30 bash -c machine
 arch=$("$python" -c 'import torch; m, n = torch.cuda.get_device_capability()
@@ -104,9 +109,7 @@ phase measure 145 bash -c measure
 # What is left of nine minutes, and no result hangs on it being long.
 left=$((530 - SECONDS))
 [ $left -gt 20 ] && phase sanitize $((left < 90 ? left : 90)) bash -c sanitize
-# Not run yet on any machine: graph capture and the V2 runner of vLLM.
-serving() { "$python" -P benchmarks/vllm_load.py --compile --width 4096 --layers 16 --features 32768 --rounds 1 --out "$csv_vllm"; }
-export -f serving
+# Beyond the nine minutes, only where vLLM is: graph capture and its V2 runner, not run yet anywhere.
 export csv_vllm=${csv%.csv}-vllm.csv
 if "$python" -c 'import vllm' 2>/dev/null; then phase serving 900 bash -c serving; fi
 

@@ -49,7 +49,7 @@ def test_the_script_parses_and_every_phase_is_a_function_of_it():
 def test_files_that_the_script_runs_exist():
     script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
     files = re.findall(r"benchmarks/\w+\.py", script)
-    assert len(set(files)) == 3 and all((ROOT / file).exists() for file in files)
+    assert len(set(files)) == 4 and all((ROOT / file).exists() for file in files)
 
 
 def test_graphs_compares_every_backend(bench, capsys):
