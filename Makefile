@@ -29,7 +29,7 @@ $(VENV)/.build: $(VENV)/.torch $(CSRC)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.build
-	$(PIP) pytest ruff triton snowballstemmer
+	$(PIP) pytest ruff triton snowballstemmer fastapi uvicorn prometheus-client openai httpx peft torchao pyarrow
 	@command -v nvcc >/dev/null || $(PIP) nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
 		nvidia-cuda-runtime nvidia-cuda-cccl
 	@touch $@

@@ -111,7 +111,7 @@ left=$((530 - SECONDS))
 [ $left -gt 20 ] && phase sanitize $((left < 90 ? left : 90)) bash -c sanitize
 # Beyond the nine minutes, only where vLLM is: graph capture and its V2 runner, not run yet anywhere.
 export csv_vllm=${csv%.csv}-vllm.csv
-if "$python" -c 'import vllm' 2>/dev/null; then phase serving 900 bash -c serving; fi
+"$python" -c 'import vllm' 2>/dev/null && phase serving 900 bash -c serving
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

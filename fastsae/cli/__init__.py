@@ -14,6 +14,7 @@ from fastsae.cli.generate import add_generate
 from fastsae.cli.label import add_annotate, add_label
 from fastsae.cli.policy import add_policy
 from fastsae.cli.results import add_export, add_search
+from fastsae.cli.serve import add_serve
 from fastsae.cli.sweep import add_sweep
 from fastsae.cli.train import add_train
 from fastsae.errors import FastsaeError
@@ -31,6 +32,7 @@ _COMMANDS = (
     add_policy,
     add_sweep,
     add_generate,
+    add_serve,
     add_inspect,
     add_convert,
     add_env,

@@ -1,1 +1,5 @@
-"""What servers share: metrics and the audit log."""
+"""An OpenAI-style HTTP server that steers: `fastsae serve`, or `create_app` for one of your own.
+
+policies.py what requests may name · engine.py the model, in continuous batches · control.py who is
+steered · app.py the routes · admin.py theirs · metrics.py, audit.py what happened.
+"""

@@ -1,4 +1,4 @@
-"""One JSON line per steered request: who was steered by what, never what was said."""
+"""One JSON line per request: what was asked, what was applied, how it ended."""
 
 import json
 import threading
@@ -9,13 +9,18 @@ from fastsae.errors import FastsaeError
 
 
 class Audit:
-    """Appends to a file; None writes nothing. Lines of several threads or processes never mix."""
+    """Appends to a file ("-": standard output; None: nothing). Lines never mix, whoever writes.
 
-    def __init__(self, path: str | Path | None):
+    with_text: whether callers should also record prompts and answers.
+    """
+
+    def __init__(self, path: str | Path | None, *, with_text: bool = False):
+        self.with_text = with_text
         self._lock = threading.Lock()
         try:
             # Unbuffered: one write call per line, which O_APPEND keeps whole.
-            self._file = None if path is None else open(path, "ab", buffering=0)
+            where = 1 if str(path) == "-" else path
+            self._file = None if path is None else open(where, "ab", buffering=0)
         except OSError as error:
             raise FastsaeError(f"audit: cannot write {path}: {error}") from error
 
@@ -23,4 +28,9 @@ class Audit:
         if self._file is not None:
             line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
             with self._lock:
-                self._file.write(json.dumps(line).encode() + b"\n")
+                self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -40,6 +40,8 @@ class Requests:
 
     def add(self, input_ids, request_id=None, **more):
         """`manager.add_request`: the n-th request has the n-th row, unless `set` named requests."""
+        if request_id is not None:
+            self.lengths[request_id] = len(input_ids)  # it may get a policy while it runs
         try:
             self._refuse_shared_blocks()
             if self.host.steering():
@@ -48,6 +50,11 @@ class Requests:
             self.host.tracker.failed = error  # generate_batch only logs what is raised here
             raise
         return self._add(input_ids, request_id, **more)
+
+    def forget(self, request_id: str) -> None:
+        """A request that has ended; its manager lives on."""
+        self.lengths.pop(request_id, None)
+        self.rows.pop(request_id, None)
 
     def _admit(self, input_ids, request_id: str | None) -> str:
         self._refuse_graphs()

@@ -84,6 +84,12 @@ class SteeringHandle:
                 self._host.points[place].refresh()
         self._host.requests = named
 
+    def forget(self, request_id: str) -> None:
+        """Drop what is known of a request that has ended, in a manager that lives on."""
+        self._check_attached()
+        if self._host.tracker.requests is not None:
+            self._host.tracker.requests.forget(request_id)
+
     def _check_attached(self) -> None:
         if self._host is None:
             raise FastsaeError("handle: it is detached; call fastsae.attach again")

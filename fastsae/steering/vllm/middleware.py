@@ -31,7 +31,7 @@ class SteeringMiddleware:
 
     def __init__(self, app, settings: Settings, app_state):
         from fastsae.serve.audit import Audit
-        from fastsae.serve.metrics import shared
+        from fastsae.steering.vllm.metrics import shared
 
         self.app, self.settings, self.state = app, settings, app_state
         self.audit, self.metrics = Audit(settings.audit), shared()

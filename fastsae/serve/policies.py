@@ -1,0 +1,130 @@
+"""The policies that requests may name: loaded by the operator, replaced while requests run."""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastsae.errors import FastsaeError
+from fastsae.steering import Policy
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A policy as it is served. `holdout`: the share of its requests that stay unsteered."""
+
+    policy: Policy
+    layer: int | str
+    holdout: float = 0.0
+
+    def __post_init__(self):
+        share = self.holdout
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share < 1:
+            raise FastsaeError(f"holdout: expected a share in [0, 1), got {share!r}")
+        if share and self.policy.required:
+            raise FastsaeError(
+                "holdout: a required policy must steer every request; make one of the two untrue"
+            )
+        if self.policy.name is None:
+            raise FastsaeError("name: missing; requests name a policy as name@version, or name")
+
+    @property
+    def id(self) -> str:
+        return self.policy.label
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "digest": self.policy.digest,
+            "layer": self.layer,
+            "holdout": self.holdout,
+            "policy": self.policy.to_dict(),
+        }
+
+
+class PolicyStore:
+    """Entries by id. A request holds its Entry, so replacing one changes only later requests.
+
+    check(entry): raises FastsaeError when the engine cannot apply the policy; called before a
+    policy is admitted, so that every policy in the store can be applied.
+    """
+
+    def __init__(self, layers: Iterable[int | str], check: Callable[[Entry], None]):
+        self.layers = tuple(layers)
+        self._check = check
+        self._entries: dict[str, Entry] = {}  # oldest first
+        self._lock = threading.Lock()
+
+    def put(self, document: Any) -> Entry:
+        """Admits {"policy", "layer", "holdout"} or a bare policy, in place of one of its id."""
+        if not isinstance(document, dict):
+            raise FastsaeError(f"policy: expected a JSON object, got {document!r}")
+        fields = document if "policy" in document else {"policy": document}
+        unknown = sorted(set(fields) - {"policy", "layer", "holdout"})
+        if unknown:
+            raise FastsaeError(f"{unknown[0]}: unknown key; accepted are policy, layer, holdout")
+        policy = Policy.from_dict(fields["policy"])
+        entry = Entry(policy, self._layer(fields.get("layer")), fields.get("holdout", 0.0))
+        self._check(entry)
+        with self._lock:
+            self._entries.pop(entry.id, None)
+            self._entries[entry.id] = entry
+        return entry
+
+    def load(self, path: str | Path, layer: int | str | None = None) -> list[Entry]:
+        """Admits the policy or policies of a file, or of every .json, .yaml, .yml in a folder."""
+        path = Path(path)
+        suffixes = (".json", ".yaml", ".yml")
+        files = (
+            sorted(p for p in path.iterdir() if p.suffix in suffixes) if path.is_dir() else [path]
+        )
+        if not files:
+            raise FastsaeError(f"{path}: holds no policy file ({', '.join(suffixes)})")
+        admitted = []
+        for file in files:
+            found = Policy.from_file(file)
+            for policy in found if isinstance(found, list) else [found]:
+                fields = {"policy": policy.to_dict(), "layer": layer}
+                try:
+                    admitted.append(self.put(fields))
+                except FastsaeError as error:
+                    raise FastsaeError(f"{file}: {error}") from error
+        return admitted
+
+    def get(self, name: str) -> Entry:
+        """The entry of "name@version", or of "name": its only or latest admitted version."""
+        with self._lock:
+            found = self._entries.get(name)
+            if found is None and "@" not in name:
+                versions = [e for e in self._entries.values() if e.policy.name == name]
+                found = versions[-1] if versions else None
+            known = ", ".join(self._entries) or "none is loaded"
+        if found is None:
+            raise FastsaeError(f"policy: {name!r} is unknown; known are {known}")
+        return found
+
+    def delete(self, name: str) -> Entry:
+        with self._lock:
+            if name not in self._entries:
+                raise FastsaeError(f"policy: {name!r} is unknown; delete by full id name@version")
+            return self._entries.pop(name)
+
+    def all(self) -> list[Entry]:
+        with self._lock:
+            return list(self._entries.values())
+
+    def _layer(self, layer: int | str | None) -> int | str:
+        if layer is None:
+            if len(self.layers) != 1:
+                raise FastsaeError(
+                    f"layer: missing, and SAEs are attached at {', '.join(map(str, self.layers))}"
+                )
+            return self.layers[0]
+        if layer not in self.layers:
+            raise FastsaeError(
+                f"layer: no SAE is attached at {layer!r}, only at "
+                f"{', '.join(map(str, self.layers))}"
+            )
+        return layer

@@ -1,0 +1,145 @@
+"""Which policy steers which running request: kept in step with the batches of the engine."""
+
+import collections
+import threading
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from fastsae.errors import FastsaeError
+from fastsae.serve.control import Decision
+from fastsae.serve.policies import Entry
+from fastsae.serve.sampling import Sampling
+from fastsae.steering.site import Rows, Site
+
+LINGER = 10.0  # seconds that a request which was left stays named: it may be in a batch still
+
+
+class EngineError(RuntimeError):
+    """A request that the engine could not finish."""
+
+
+class EngineFull(EngineError):
+    """More policies at once than the tables hold; the request may come again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt to continue. Ends at an end-of-sequence token or after max_tokens."""
+
+    tokens: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    decision: Decision
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def least_steered(self, drawn: int) -> int:
+        """Tokens that must have been steered when `drawn` are known: the last is not fed back, and
+        a prompt's first token is left alone."""
+        if not self.decision.steered:
+            return 0
+        prompt, generated = len(self.tokens) - 1, drawn - 1
+        phase = self.decision.entry.policy.phase
+        return {"all": prompt + generated, "prompt": prompt, "generated": generated}[phase]
+
+
+class Seats:
+    """The jobs that the handle's policies are set for. `take` runs while the engine pauses."""
+
+    def __init__(self, handle):
+        self.handle = handle
+        self.totals: collections.Counter[str] = collections.Counter()
+        self._jobs: dict[str, Job] = {}
+        self._order: list[str] = []  # the row of every job, as last set
+        self._steered: collections.Counter[str] = collections.Counter()  # before the last set
+        self._left: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def check(self, entry: Entry) -> None:
+        """Raises FastsaeError if the policy does not fit its SAE or the tables."""
+        attached = self.handle.sites[self.handle._attached(entry.layer)]
+        trial = Site(attached.sae, attached.table.capacity, attached.table.device, False, None)
+        trial.set(Rows([entry.policy], [1.0], None))
+
+    def take(self, jobs: list[Job], manager) -> list[Exception | None]:
+        """Seats for jobs that are about to begin; an error for each that finds no room."""
+        with self._lock:
+            self._collect()
+            self._clear(manager)
+            try:
+                self._set([*self._jobs.values(), *jobs])
+                return [None] * len(jobs)
+            except FastsaeError:
+                pass
+            errors: list[Exception | None] = []
+            for job in jobs:
+                try:
+                    self._set([*self._jobs.values(), job])
+                    errors.append(None)
+                except FastsaeError as error:
+                    errors.append(EngineFull(str(error)))
+            return errors
+
+    def leave(self, job: Job) -> None:
+        with self._lock:
+            if job.id in self._jobs:
+                self._left[job.id] = time.monotonic()
+
+    def verify(self, job: Job, drawn: int) -> None:
+        """Raises EngineError if a token of the job went through unsteered."""
+        least = job.least_steered(drawn)
+        if least <= 0:
+            return
+        with self._lock:
+            done = self._steered[job.id] + self._counts().get(job.id, 0)
+        if done < least:
+            raise EngineError(
+                f"policy {job.decision.entry.id}: {done} of {least} tokens were steered"
+            )
+
+    def _counts(self) -> dict[str, int]:
+        rows = [0] * len(self._order)
+        for counts in self.handle.counts().values():
+            rows = [a + b for a, b in zip(rows, counts, strict=True)] if counts else rows
+        return dict(zip(self._order, rows, strict=True))
+
+    def _collect(self) -> None:
+        """Adds up what `set` is about to reset."""
+        for name, count in self._counts().items():
+            self._steered[name] += count
+            if count:
+                self.totals[self._jobs[name].decision.entry.id] += count
+        self._order = []
+
+    def _clear(self, manager) -> None:
+        """Forgets jobs that were left and are in no batch any more."""
+        scheduler = manager.batch_processor.scheduler if manager.batch_processor else None
+        oldest = time.monotonic() - LINGER
+        for name, since in list(self._left.items()):
+            running = scheduler is not None and (
+                name in scheduler.active_requests or name in scheduler.waiting_requests
+            )
+            if since < oldest and not running:
+                del self._left[name], self._jobs[name]
+                self._steered.pop(name, None)
+                self.handle.forget(name)
+
+    def _set(self, jobs: list[Job]) -> None:
+        """Sets the jobs' policies; what was set stays when that raises."""
+        policies: dict = {}
+        for layer in self.handle.sites:
+            policies[layer] = [self._policy(job, layer) for job in jobs]
+        self.handle.set(
+            policies,
+            strengths=[job.decision.strength if job.decision.steered else 1.0 for job in jobs],
+            requests=[job.id for job in jobs],
+        )
+        self._jobs = {job.id: job for job in jobs}
+        self._order = list(self._jobs)
+
+    def _policy(self, job: Job, place):
+        # A job that was left keeps its slot until it is cleared: it may be in one more batch.
+        entry = job.decision.entry
+        if not job.decision.steered or self.handle._attached(entry.layer) != place:
+            return None
+        return entry.policy

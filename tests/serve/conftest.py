@@ -1,0 +1,113 @@
+"""A server over an engine that is all clockwork: what the HTTP side does, without a model."""
+
+import asyncio
+import contextlib
+
+import httpx
+import pytest
+
+from fastsae.errors import FastsaeError
+from fastsae.serve.app import create_app
+from fastsae.serve.audit import Audit
+from fastsae.serve.policies import PolicyStore
+from fastsae.serve.seats import EngineError
+from fastsae.serve.state import Settings
+
+END = 3
+
+
+class Letters:
+    """A tokenizer of one token per character; END is special."""
+
+    chat_template = "a template"
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(c) for c in text]}
+
+    def __len__(self):
+        return 0x110000
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "".join(chr(t) for t in tokens if t != END)
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+
+class Clockwork:
+    """Answers with `script`, a token a beat; a policy turns the text into capitals."""
+
+    eos, context, layers = (END,), 400, (12,)
+
+    def __init__(self):
+        self.tokenizer = Letters()
+        self.script, self.beat, self.alive = "hello world", 0.0, False
+        self.seen, self.cancelled, self.fail = [], [], None
+
+    def start(self):
+        self.alive = True
+
+    def stop(self):
+        self.alive = False
+
+    def check(self, entry):
+        if max(f for op in entry.policy.operations for f in op.features) >= 100:
+            raise FastsaeError("operations[0].features: the SAE has 100 features")
+
+    def counters(self):
+        return {}
+
+    async def run(self, job):
+        self.seen.append(job)
+        ended = False
+        text = self.script.upper() if job.decision.steered else self.script
+        try:
+            letters = [*map(ord, text), END][: job.max_tokens]
+            for i, letter in enumerate(letters):
+                await asyncio.sleep(self.beat)
+                if self.fail is not None and i == self.fail:
+                    raise EngineError("the model broke")
+                ended = i + 1 == len(letters)
+                yield letter
+        finally:
+            if not ended:
+                self.cancelled.append(job.id)
+
+
+def policy(name="shout", version="1", **more):
+    operations = [{"op": "add", "features": [1, 2], "strength": 2.0}]
+    return {"name": name, "version": version, "operations": operations, **more}
+
+
+@pytest.fixture
+def engine():
+    return Clockwork()
+
+
+@pytest.fixture
+def store(engine):
+    store = PolicyStore(engine.layers, engine.check)
+    store.put(policy())
+    return store
+
+
+@pytest.fixture
+def serving(engine, store, tmp_path):
+    """`async with serving(**settings) as (client, app)`."""
+
+    @contextlib.asynccontextmanager
+    async def serving(explanations=None, with_text=False, **settings):
+        settings = Settings(**{"model_name": "m", "admin_keys": ("root",), **settings})
+        audit = Audit(tmp_path / "audit.jsonl", with_text=with_text)
+        app = create_app(engine, store, settings, audit=audit, explanations=explanations)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with app.router.lifespan_context(app):
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                yield client, app
+
+    return serving
+
+
+@pytest.fixture
+def run():
+    return asyncio.run
