@@ -56,12 +56,14 @@ def _add_build(actions) -> None:
         choices=("raw", "max", "mean"),
         help="multiples of each feature's own max (default) or mean activation, or raw",
     )
-    parser.add_argument("--annotations", help="JSON file {category: [features]}")
+    parser.add_argument(
+        "--annotations", help="what `fastsae annotate` wrote, or JSON {category: [features]}"
+    )
     parser.add_argument(
         "--ablate", nargs="+", metavar="CATEGORY", help="remove the features of these categories"
     )
     parser.add_argument(
-        "--ablate-harm", action="store_true", help="remove the features of every category"
+        "--ablate-harm", action="store_true", help="remove the features of every category of harm"
     )
     parser.add_argument("--phase", default="all", choices=("all", "prompt", "generated"))
     parser.add_argument(
@@ -72,9 +74,20 @@ def _add_build(actions) -> None:
     parser.add_argument("-o", "--output", help="file to write (default: print it)")
 
 
+def _ablated(args) -> list[int]:
+    """The features that --ablate and --ablate-harm name; a plain file holds harm alone."""
+    from fastsae.explain.annotate import FORMAT, Annotations
+    from fastsae.steering.build import annotated, read_annotations
+
+    path = Path(args.annotations)
+    if path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace")[:200]:
+        return sorted(Annotations.load(path).features(*(args.ablate or ["harm"])))
+    return annotated(read_annotations(path), args.ablate)
+
+
 def _run_build(args) -> None:
     from fastsae.explain import Explanations
-    from fastsae.steering.build import annotated, build_policy, read_annotations
+    from fastsae.steering.build import build_policy
 
     if args.search is not None and args.explanations is None:
         raise FastsaeError("explanations: --search needs the file `fastsae explain` wrote")
@@ -85,7 +98,6 @@ def _run_build(args) -> None:
         raise FastsaeError("annotations: --ablate and --ablate-harm go with --annotations FILE")
     if args.ablate_harm and args.ablate is not None:
         raise FastsaeError("ablate: --ablate-harm removes every category; drop --ablate")
-    categories = args.ablate if args.ablate is not None else None
     policy = build_policy(
         Explanations.load(args.explanations) if args.explanations else None,
         search=args.search,
@@ -94,7 +106,7 @@ def _run_build(args) -> None:
         strength=args.strength,
         unit=args.unit,
         alive_only=args.alive_only,
-        ablated=annotated(read_annotations(args.annotations), categories) if wanted else (),
+        ablated=_ablated(args) if wanted else (),
         name=args.name,
         version=args.version,
         phase=args.phase,

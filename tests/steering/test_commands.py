@@ -92,6 +92,21 @@ def test_what_cannot_be_built(arguments, message):
         build_policy(Found(), **arguments)
 
 
+def test_what_annotate_wrote_names_features(tmp_path, capsys):
+    from fastsae.explain.annotate import Annotation, Annotations, categories
+
+    known = {c.code: c for c in categories()}
+    entries = tuple(
+        Annotation(feature=f, category=c, score=s, because=())
+        for f, c, s in ((3, "S1", 0.9), (5, "D1", 0.8), (8, "S2", 0.4))
+    )
+    kinds = tuple(known[c] for c in ("S1", "S2", "D1"))
+    file = Annotations(entries, "digest", "lexicon", kinds).save(tmp_path / "a.json")
+    for options, features in ((["--ablate-harm"], [3, 8]), (["--ablate", "D1"], [5])):
+        assert main(["policy", "build", "--annotations", str(file), *options]) == 0
+        assert json.loads(capsys.readouterr().out)["operations"][0]["features"] == features
+
+
 def test_annotations_are_checked(tmp_path):
     file = tmp_path / "harm.json"
     file.write_text(json.dumps({"S1": [4, 2], "S2": [4, 9]}))
