@@ -106,10 +106,9 @@ class Seats:
     def _collect(self) -> None:
         """Adds up what `set` is about to reset."""
         for name, count in self._counts().items():
-            self._steered[name] += count
             if count:
+                self._steered[name] += count
                 self.totals[self._jobs[name].decision.entry.id] += count
-        self._order = []
 
     def _clear(self, manager) -> None:
         """Forgets jobs that were left and are in no batch any more."""

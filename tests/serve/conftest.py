@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 
 import httpx
 import pytest
@@ -111,3 +112,32 @@ def serving(engine, store, tmp_path):
 @pytest.fixture
 def run():
     return asyncio.run
+
+
+@pytest.fixture
+def hang_up():
+    async def hang_up(app, body, after):
+        """Sends a request by hand and leaves before the answer is whole."""
+        sent = asyncio.Event()
+
+        async def receive():
+            if not sent.is_set():
+                sent.set()
+                return {"type": "http.request", "body": json.dumps(body).encode()}
+            await asyncio.sleep(after)
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            pass
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+        }
+        scope |= {"path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b""}
+        scope |= {"headers": [], "scheme": "http", "server": ("t", 80), "client": ("c", 1)}
+        await app(scope | {"root_path": ""}, receive, send)
+
+    return hang_up

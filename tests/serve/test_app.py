@@ -370,45 +370,14 @@ def test_audit_without_text(serving, tmp_path, run):
     assert "Say" not in line and "HELLO" not in line
 
 
-def test_a_reader_who_leaves_cancels(serving, engine, run):
+def test_a_reader_who_leaves_cancels(serving, engine, run, hang_up):
     engine.beat = 0.02
 
     async def go():
         async with serving() as (_, app):
             for stream in (False, True):
-                await _leave(app, ASK | {"stream": stream})
+                await hang_up(app, ASK | {"stream": stream}, 0.06)
             return app.state.server.running
 
     assert run(go()) == 0
     assert len(engine.cancelled) == 2
-
-
-async def _leave(app, body):
-    """Sends a request by hand and hangs up after three beats."""
-    sent = asyncio.Event()
-
-    async def receive():
-        if not sent.is_set():
-            sent.set()
-            return {"type": "http.request", "body": json.dumps(body).encode()}
-        await asyncio.sleep(0.06)
-        return {"type": "http.disconnect"}
-
-    async def send(message):
-        pass
-
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": "/v1/completions",
-        "raw_path": b"/v1/completions",
-        "query_string": b"",
-        "headers": [],
-        "scheme": "http",
-        "server": ("t", 80),
-        "client": ("c", 1),
-        "root_path": "",
-    }
-    await app(scope, receive, send)
