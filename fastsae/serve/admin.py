@@ -31,6 +31,7 @@ def add_admin_routes(app: FastAPI, server) -> None:
         authorise(request)
         try:
             document = json.loads(await server.body(request))
+            json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"body: not JSON: {error}") from None
         try:

@@ -64,13 +64,15 @@ async def whole(server: Server, request: Request, jobs, fields, shape: Shape) ->
             pass
 
     work, leave = asyncio.create_task(run()), asyncio.create_task(gone())
-    await asyncio.wait((work, leave), return_when=asyncio.FIRST_COMPLETED)
-    leave.cancel()
-    if not work.done():
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-        return Response(status_code=499)  # nobody reads it
-    await work
+    try:
+        await asyncio.wait((work, leave), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return Response(status_code=499)  # nobody reads it
+        await work
+    finally:
+        for task in (work, leave):
+            task.cancel()
+        await asyncio.gather(work, leave, return_exceptions=True)
     choices = []
     for i, text in enumerate(texts):
         choice = {"index": i, "finish_reason": reasons[i], "logprobs": None}

@@ -5,6 +5,7 @@ import contextlib
 import uuid
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from fastsae.errors import FastsaeError
@@ -53,6 +54,12 @@ def create_app(
     async def failed(request: Request, error: ApiError) -> JSONResponse:
         server.metrics.refused.labels(error.status).inc()
         return JSONResponse(error.body(), error.status, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        answer = ApiError(400, f"{first['loc'][-1]}: {first['msg']}", str(first["loc"][-1]))
+        return JSONResponse(answer.body(), 400)
 
     @app.exception_handler(404)
     @app.exception_handler(405)

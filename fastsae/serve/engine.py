@@ -43,7 +43,8 @@ class Engine:
         longest = getattr(config, "max_position_embeddings", None) or cache_tokens
         self.context = min(longest, cache_tokens)
         self._sampling: dict[str, Sampling] = {}
-        self._seats = Seats(self.handle)
+        self._seats = Seats(self.handle, dict(zip(saes, self.handle.sites, strict=True)))
+        self._broken: set[str] = set()
         self._admissions: list[tuple[Job, asyncio.Future]] = []
         self._admitting: asyncio.Task | None = None
         # Two requests with one prompt and two policies must not share what was computed of it; and
@@ -71,9 +72,10 @@ class Engine:
             generation_config=self._generation, continuous_batching_config=self._batching
         )
         processors = self.manager.logit_processor
-        processors.logits_processor.append(sampler(self._sampling))
+        processors.logits_processor.append(sampler(self._sampling, self._broken))
         processors.tensors_required += 1
         processors.do_processing = True
+        self.manager.output_router.output_queue = _Nowhere()
         self.manager.start()
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -108,6 +110,8 @@ class Engine:
                     raise EngineError(output.error)
                 for token in output.generated_tokens[drawn:]:
                     drawn += 1
+                    if job.id in self._broken:
+                        raise EngineError("logits are not finite: a strength is far too large")
                     self._seats.verify(job, drawn)
                     yield token
         finally:
@@ -116,6 +120,7 @@ class Engine:
                 with self.manager.output_router._lock:
                     self.manager.output_router.result_handlers.pop(job.id, None)
             self._sampling.pop(job.id, None)
+            self._broken.discard(job.id)
             self._seats.leave(job)
 
     async def _admit(self, job: Job) -> None:
@@ -124,7 +129,18 @@ class Engine:
         self._admissions.append((job, seated))
         if self._admitting is None or self._admitting.done():
             self._admitting = asyncio.create_task(self._admit_all())
-        await seated
+        try:
+            await asyncio.shield(seated)
+        except asyncio.CancelledError:
+            # It may be seated a moment later, when nobody is there any more to cancel it.
+            seated.add_done_callback(lambda done: self._drop(job, done))
+            raise
+
+    def _drop(self, job: Job, seated: asyncio.Future) -> None:
+        if seated.cancelled() or seated.exception() is not None or self.manager is None:
+            return
+        self.manager.cancel_request(job.id)
+        self._seats.leave(job)
 
     async def _admit_all(self) -> None:
         while self._admissions:
@@ -151,6 +167,8 @@ class Engine:
                             streaming=True,
                             eos_token_id=list(self.eos) or -1,
                         )
+                if not self.alive:
+                    raise RuntimeError("the engine stops")
                 return errors
         except Exception as error:  # the thread of the engine has ended, or is ending
             return [EngineError(f"not admitted: {error}")] * len(jobs)
@@ -158,6 +176,16 @@ class Engine:
     def counters(self) -> dict[str, int]:
         """Tokens steered since the start, by policy id."""
         return dict(self._seats.totals)
+
+
+class _Nowhere:
+    """For outputs of requests that have left: the manager would keep them for a reader."""
+
+    def put(self, output) -> None:
+        pass
+
+    def empty(self) -> bool:
+        return True
 
 
 def _end_tokens(model) -> tuple[int, ...]:
@@ -175,5 +203,8 @@ def chat_tokens(tokenizer, messages: list[dict[str, str]]) -> list[int]:
             "messages: this model has no chat template; use /v1/completions, or give one with "
             "--chat-template"
         )
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise what they like: roles must alternate, and so on
+        raise FastsaeError(f"messages: the chat template refuses them: {error}") from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -122,7 +122,7 @@ class PolicyStore:
                     f"layer: missing, and SAEs are attached at {', '.join(map(str, self.layers))}"
                 )
             return self.layers[0]
-        if layer not in self.layers:
+        if type(layer) not in (int, str) or layer not in self.layers:
             raise FastsaeError(
                 f"layer: no SAE is attached at {layer!r}, only at "
                 f"{', '.join(map(str, self.layers))}"

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from fastsae.serve.metrics import UNSTEERED
 from fastsae.serve.seats import EngineError, EngineFull, Job
 from fastsae.serve.state import Server
 from fastsae.serve.text import TextStream
+
+log = logging.getLogger("uvicorn.error")
 
 
 @dataclass
@@ -108,6 +111,9 @@ async def merged(server: Server, jobs: list[Job], stops: list[str]) -> AsyncIter
                     await queue.put(piece)
         except ApiError as error:
             await queue.put(error)
+        except Exception:
+            log.exception("a request failed")
+            await queue.put(ApiError(500, "internal error; see the server's log", code="internal"))
 
     tasks = [asyncio.create_task(follow(job, i)) for i, job in enumerate(jobs)]
     try:

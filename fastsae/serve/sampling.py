@@ -29,7 +29,7 @@ def draw(logits: Tensor, how: Sampling, step: int) -> int:
     """The token of one step from float32 logits [V]."""
     if how.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.float() / how.temperature
+    scaled = (logits.float() - logits.max()) / how.temperature
     generator = torch.Generator().manual_seed((how.seed * 1_000_003 + step) % 2**63)
     u = float(torch.rand((), generator=generator, dtype=torch.float64))
     vocabulary = scaled.numel()
@@ -54,8 +54,11 @@ def _invert(cumulative: Tensor, u: float) -> int:
     return min(at, cumulative.numel() - 1)
 
 
-def sampler(requests: dict[str, Sampling]):
-    """A logits processor for continuous batches that draws every request's token by `requests`."""
+def sampler(requests: dict[str, Sampling], broken: set[str]):
+    """A logits processor for continuous batches that draws every request's token by `requests`.
+
+    Requests whose logits are not finite are added to `broken`: what is drawn for them is nothing.
+    """
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessor,
     )
@@ -66,6 +69,7 @@ def sampler(requests: dict[str, Sampling]):
 
         def __init__(self):
             self.step: list[tuple[str, int]] = []
+            self.broken = broken
 
         def fill_defaults(self, int32_tensor: Tensor) -> None:
             int32_tensor.zero_()
@@ -78,6 +82,9 @@ def sampler(requests: dict[str, Sampling]):
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
             for row, (request, step) in zip(scores, self.step, strict=False):
                 how = requests.get(request)
+                if not bool((row.max() < math.inf) & (row.max() > -math.inf)):  # NaN too
+                    self.broken.add(request)
+                    continue
                 if how is None or how.temperature == 0:
                     continue  # cancelled meanwhile, or the largest logit
                 token = draw(row, how, step)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SEED_BITS = 63
+STRENGTH = 100.0  # times what the policy says
 
 
 class Strict(BaseModel):
@@ -15,7 +16,7 @@ class Steering(Strict):
     """{"policy": "name@version" | "name", "strength": 1.0}: the same field in every engine."""
 
     policy: str = Field(min_length=1)
-    strength: float = Field(default=1.0, allow_inf_nan=False)
+    strength: float = Field(default=1.0, ge=-STRENGTH, le=STRENGTH)
 
 
 class StreamOptions(Strict):

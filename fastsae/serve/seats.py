@@ -46,8 +46,8 @@ class Job:
 class Seats:
     """The jobs that the handle's policies are set for. `take` runs while the engine pauses."""
 
-    def __init__(self, handle):
-        self.handle = handle
+    def __init__(self, handle, places: dict):
+        self.handle, self.places = handle, places  # {layer as served: where it is attached}
         self.totals: collections.Counter[str] = collections.Counter()
         self._jobs: dict[str, Job] = {}
         self._order: list[str] = []  # the row of every job, as last set
@@ -57,7 +57,7 @@ class Seats:
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the policy does not fit its SAE or the tables."""
-        attached = self.handle.sites[self.handle._attached(entry.layer)]
+        attached = self.handle.sites[self.places[entry.layer]]
         trial = Site(attached.sae, attached.table.capacity, attached.table.device, False, None)
         trial.set(Rows([entry.policy], [1.0], None))
 
@@ -139,6 +139,6 @@ class Seats:
     def _policy(self, job: Job, place):
         # A job that was left keeps its slot until it is cleared: it may be in one more batch.
         entry = job.decision.entry
-        if not job.decision.steered or self.handle._attached(entry.layer) != place:
+        if not job.decision.steered or self.places[entry.layer] != place:
             return None
         return entry.policy

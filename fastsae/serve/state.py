@@ -102,6 +102,8 @@ class Server:
         if most > self.settings.max_tokens:
             message = f"max_tokens: got {most}, at most {self.settings.max_tokens} are served"
             raise ApiError(400, message, "max_tokens")
+        if not prompts:
+            raise ApiError(400, "prompt: expected at least one, got none", "prompt")
         found = []
         for number, tokens in enumerate(prompts):
             if not tokens:

@@ -118,6 +118,8 @@ def test_max_tokens_end_with_length(serving, run):
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": 5000}, 400, "max_tokens"),
         ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"steering": {"policy": "shout", "strength": 1e38}}, 400, "steering.strength"),
         ({"prompt": "x" * 390}, 400, "prompt"),
         ({"prompt": [-1]}, 400, "prompt"),
         ({"stop": ["a", ""]}, 400, "stop"),
@@ -228,6 +230,24 @@ def test_an_engine_that_fails_is_said_so(serving, engine, run, stream):
     assert answer.status_code == (200 if stream else 500)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_ends_the_request_too(serving, engine, run, stream, monkeypatch):
+    async def broken(job):
+        raise KeyError("surprise")
+        yield
+
+    monkeypatch.setattr(engine, "run", broken)
+
+    async def go():
+        async with serving() as (client, app):
+            body = ASK | {"stream": stream}
+            answer = await asyncio.wait_for(client.post("/v1/completions", json=body), 5)
+            return answer, app.state.server.running
+
+    answer, running = run(go())
+    assert "internal error" in answer.text and "surprise" not in answer.text and running == 0
+
+
 def test_policies_are_replaced_while_requests_run(serving, engine, store, run):
     engine.beat = 0.01
 
@@ -258,6 +278,14 @@ def test_policies_are_replaced_while_requests_run(serving, engine, store, run):
     "document, message",
     [
         ([], "expected a JSON object"),
+        ({"name": "\ud800", "operations": [{"op": "ablate", "features": [1]}]}, "not JSON"),
+        (
+            {
+                "policy": {"name": "x", "operations": [{"op": "ablate", "features": [1]}]},
+                "layer": 12.0,
+            },
+            "layer: no SAE",
+        ),
         ({"policy": {}, "code": "import os"}, "code: unknown key"),
         ({"policy": {"name": "x", "operations": []}}, "operations"),
         (
@@ -298,7 +326,8 @@ def test_policies_that_are_refused(serving, store, run, document, message):
 
     async def go():
         async with serving() as (client, _):
-            return await client.put("/fastsae/policies", json=document, headers=ADMIN)
+            text = json.dumps(document)
+            return await client.put("/fastsae/policies", content=text, headers=ADMIN)
 
     answer = run(go())
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]

@@ -168,6 +168,37 @@ def test_requests_that_leave_are_cancelled_and_forgotten(engine, run, monkeypatc
     assert not scheduler.active_requests and not scheduler.waiting_requests
 
 
+def test_requests_that_leave_before_they_are_seated_leave_nothing(engine, run, monkeypatch):
+    monkeypatch.setattr(seats, "LINGER", 0.2)
+
+    async def go():
+        entry = Entry(POLICIES[0], LAYER)
+        jobs = [job(PROMPTS[1], entry, new=500) for _ in range(6)]
+        tasks = [asyncio.create_task(answer(engine, each)) for each in jobs]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.8)
+        return await answer(engine, job(PROMPTS[0]))
+
+    run(go())
+    scheduler = engine.manager.batch_processor.scheduler
+    assert not scheduler.active_requests and not scheduler.waiting_requests
+    assert len(engine._seats._jobs) == 1 and not engine._sampling
+
+
+def test_logits_that_are_no_numbers_fail_the_request(engine, run):
+    engine.model.lm_head.weight.data.fill_(float("nan"))
+
+    async def go():
+        with pytest.raises(EngineError, match="logits are not finite"):
+            await answer(engine, job(PROMPTS[0]))
+
+    run(go())
+    assert not engine._broken
+
+
 def test_more_policies_than_the_tables_hold(engine, alone, run):
     many = [policy(f"p{i}", [i]) for i in range(12)]
 
