@@ -167,6 +167,7 @@ _STEP = {"BF": 64, "BK": 128, "STAGES": 5, "num_warps": 4}
 _STEP8 = {"BF": 64, "B": BLOCK8, "STAGES": 6, "num_warps": 4}
 STEP_ROWS = 64
 STEP8_ROWS = 16
+SMALL_SHARED = 140_000  # bytes of shared memory a block may have: fewer on sm_86, sm_89, sm_120
 PREFILL_GROUP, STEP_GROUP = _PREFILL["BN"], _STEP["BF"]
 
 
@@ -205,6 +206,14 @@ def prefill(x: Tensor, w: Tensor, bias: Tensor, first: int, width: int) -> tuple
     return h, maxima
 
 
+def _step_config(device) -> dict:
+    """Fewer stages where the tiles of five would not fit."""
+    if device.type != "cuda":
+        return _STEP
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return _STEP if most >= SMALL_SHARED else {**_STEP, "STAGES": 3}
+
+
 def step(rows: Rows, w: Weights, features: Features) -> tuple[Tensor, Tensor]:
     """(h [N, F], maxima [N, F / 64]) of at most 64 rows, 16 with an int8 copy; as `prefill`."""
     N, F = rows.rounded.shape[0], w.copy.shape[0]
@@ -221,7 +230,7 @@ def step(rows: Rows, w: Weights, features: Features) -> tuple[Tensor, Tensor]:
     else:
         tail = (features.bias, h, maxima, N, F, w.copy.shape[1], groups)
         flags = {"BN": BN, "UPCAST": not h.is_cuda, "enable_fp_fusion": True}
-        _step_kernel[(groups,)](rows.rounded, w.copy, *tail, **flags, **_STEP)
+        _step_kernel[(groups,)](rows.rounded, w.copy, *tail, **flags, **_step_config(h.device))
     return h, maxima
 
 

@@ -178,7 +178,7 @@ def _dot(centred, W, b_enc, rows, counts, out, most: int, lists: Lists | None, t
             centred.shape[1],
             out.shape[1],
             0 if lists is None else lists.indices.shape[1],
-            lists is not None,
+            int(lists is not None),
             begin,
             min(begin + step, slices),
             slices,

@@ -176,7 +176,7 @@ def _rows_kernel(
     size = _norm_above(tl.sum(whole, axis=0), slack, least)
     change = _norm_above(tl.sum(error, axis=0), slack, least)
     # |d~| <= |d| + |d - d~|, |x - b_dec| <= |d| + |c|; 1.2e-7 |d| is the rounding of d itself.
-    far = _norm_above(tl.sum(away, axis=0), slack, 0.0)
+    far = _norm_above(tl.sum(away, axis=0), slack, least if HAS_CENTRE else 0.0)
     total = size + change
     factor = change + screened * total + rescored * (size + 2.0 * far) + 1.2e-7 * size
     tl.store(bounds + 2 * n, (factor + least) * 1.000001)

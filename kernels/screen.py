@@ -31,9 +31,17 @@ TINY = 2.0**-125  # what flushing a denormal can cost: twice the least normal nu
 
 
 @triton.jit
+def _changed_kernel(bits, digests, changed, F, D, BLOCK: tl.constexpr):
+    """Whether any of BLOCK features no longer matches its digest, per program."""
+    feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = feature < F
+    differs = inside & (_sketch(bits, feature, inside, D) != tl.load(digests + feature))
+    tl.store(changed + tl.program_id(0), tl.max(differs.to(tl.int32), axis=0))
+
+
+@triton.jit
 def _features_kernel(
-    bits,
-    digests,
+    changed,
     b_enc,
     products,
     threshold,
@@ -47,19 +55,18 @@ def _features_kernel(
     group_lost,
     group_limits,
     F,
-    D,
     HAS_LIMIT: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What selection reads of BLOCK features, and the extremes of their groups of G.
 
-    Weights that no longer match their digest have no bound.
+    If any weight is known to have changed, none has a bound: a digest sees few weights of a row, so
+    an edit of one column shows in few rows.
     """
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
-    changed = _sketch(bits, feature, inside, D) != tl.load(digests + feature)
-    error = tl.where(changed, float("inf"), tl.load(lost + feature))
+    error = tl.where(tl.load(changed) != 0, float("inf"), tl.load(lost + feature))
     b = tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)
     b += tl.load(products + feature)
     tl.store(bias + feature, b)
@@ -184,9 +191,11 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
     padded = w.norms.shape[0]
     bias, lost, limits = torch.zeros(3, padded, device=W.device)
     groups = torch.zeros(4, padded // G, device=W.device).unbind(0)
-    _features_kernel[(triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)](
-        _bits(W),
-        w.digests,
+    grid = (triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)
+    changed = torch.empty(grid, dtype=torch.int32, device=W.device)
+    _changed_kernel[grid](_bits(W), w.digests, changed, F, D, **_FEATURES_CONFIG)
+    _features_kernel[grid](
+        changed.amax(0, keepdim=True),
         b_enc,
         w.products,
         b_enc if threshold is None else threshold,
@@ -197,7 +206,6 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
         limits,
         *groups,
         F,
-        D,
         HAS_LIMIT=threshold is not None,
         G=G,
         enable_fp_fusion=True,
@@ -234,7 +242,7 @@ def rows(x: Tensor, b_dec: Tensor | None, w: Weights) -> Rows:
             stride,
             width,
             1.04 * terms * UNIT,
-            (D / LANES + LANES + 8) * UNIT,
+            (D / (BLOCK8 if words else LANES) + LANES + 8) * UNIT,  # <c, w> of int8 copies: BLOCK8
             (D / ROWS_CONFIG["BD"] + ROWS_CONFIG["BD"] + 16) * 2 * UNIT,
             D * TINY,
             HAS_B=b_dec is not None,
@@ -257,7 +265,7 @@ def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
 def _aot(G: int, limit: bool):
     floats = "b_enc products threshold norms lost bias lost_now limits group_bias group_norms"
     pointers = dict.fromkeys([*floats.split(), "group_lost", "group_limits"], "*fp32:16")
-    pointers |= {"bits": "*i32:16", "digests": "*i64:16", "F": "i32:16", "D": "i32:16"}
+    pointers |= {"changed": "*i32:16", "F": "i32:16"}
     constexprs = {"HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
     options = {"num_warps": _FEATURES_CONFIG["num_warps"]}
     return _features_kernel, pointers, constexprs, options
@@ -265,3 +273,13 @@ def _aot(G: int, limit: bool):
 
 # Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options).
 AOT = [_aot(8, False), _aot(64, False), _aot(128, True)]
+AOT += [
+    (
+        _changed_kernel,
+        {"bits": f"*{bits}:16", "digests": "*i64:16", "changed": "*i32:16"}
+        | {"F": "i32:16", "D": "i32:16"},
+        {"BLOCK": _FEATURES_CONFIG["BLOCK"]},
+        {"num_warps": _FEATURES_CONFIG["num_warps"]},
+    )
+    for bits in ("i32", "i16")
+]

@@ -231,7 +231,7 @@ def test_copies_of_weights(monkeypatch):
     """Made on the second use, dropped with a change that torch sees, harmless after one it does
     not, and never made while gradients are recorded."""
     monkeypatch.setattr(copies, "SMALLEST", 0)
-    x, W, b, b_dec = sae(2, 24, 150)
+    x, W, b, b_dec = sae(2, 40, 150)
     copies.clear()
 
     def encoded():
@@ -244,8 +244,10 @@ def test_copies_of_weights(monkeypatch):
     assert copies.total_bytes() == 0
     assert same(first, encoded())
     made = copies.total_bytes()
-    assert made >= 150 * 24 * 2 and screens.total_bytes() == made
-    for edit in (lambda: W.mul_(-1.5), lambda: W.data.mul_(-0.7), lambda: W.data[3:9].neg_()):
+    assert made >= 150 * 40 * 2 and screens.total_bytes() == made
+    edits = [lambda: W.mul_(-1.5), lambda: W.data.mul_(-0.7), lambda: W.data[3:9].neg_()]
+    edits.append(lambda: W.data[:, 3].add_(5.0))  # a digest sees it in every fifth row
+    for edit in edits:
         edit()
         assert same(encoded(), fresh())
         assert same(encoded(), fresh())

@@ -169,4 +169,8 @@ def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | Non
 
 def call(op: str, backend: str, tensors: tuple[torch.Tensor, ...], *args):
     """Run `op` with the chosen backend; `tensors` decide device and dtype."""
-    return implementation(op, choose(op, *tensors, backend=backend or None).name)(*args)
+    run = implementation(op, choose(op, *tensors, backend=backend or None).name)
+    if not tensors[0].is_cuda:
+        return run(*args)
+    with torch.cuda.device(tensors[0].device):  # Triton launches on the current device
+        return run(*args)

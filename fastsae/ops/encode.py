@@ -126,7 +126,7 @@ def encode_threshold_padded(
 def _thresholds(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
     """threshold [F], contiguous."""
     if isinstance(threshold, numbers.Real):
-        threshold = torch.tensor(float(threshold), device=x.device)
+        threshold = torch.full((), float(threshold), device=x.device)
     check.floating("threshold", threshold)
     if threshold.dim() == 0:
         threshold = threshold.expand(W_enc.shape[0])
