@@ -1,6 +1,5 @@
 """benchmarks/: measuring is interleaved, verified, honest about memory, and refuses when busy."""
 
-import ctypes
 import functools
 import importlib
 import subprocess
@@ -143,35 +142,58 @@ def test_only_and_floors(bench, case, run, idle, tmp_path):
     assert names == [("decode", "native"), ("decode", "torch"), ("decode", "torch.mm")]
 
 
+def in_a_process_of_its_own(script):
+    """The integers that `script` prints, with `machine`, `torch` and `MB` in its scope.
+
+    Other tests leave holes in the heap, and glibc fills such a hole before it maps memory, without
+    giving it back when it is free again: what a call adds would depend on the tests before it.
+    """
+    prelude = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import machine
+import torch
+
+MB = {MB}
+"""
+    command = [sys.executable, "-P", "-c", prelude + script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
+
+
+UNKNOWN_TO_TORCH = """
+import ctypes
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def work():
+    pointer = libc.malloc(64 * MB)
+    libc.memset(pointer, 1, 64 * MB)
+    libc.free(pointer)
+    return torch.ones(2 * MB)  # 8 MB
+
+machine.resident_growth(work)
+result, growth = machine.resident_growth(work)
+_, nothing = machine.resident_growth(lambda: None)
+print(machine.output_bytes(result), growth, nothing)
+"""
+
+
 @LINUX
-def test_the_peak_counts_memory_that_torch_does_not_know(bench):
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-
-    def scratch():
-        pointer = libc.malloc(64 * MB)
-        libc.memset(pointer, 1, 64 * MB)
-        libc.free(pointer)
-        return torch.ones(2 * MB)  # 8 MB
-
-    bench.machine.resident_growth(scratch)
-    result, growth = bench.machine.resident_growth(scratch)
-    assert bench.machine.output_bytes(result) == 8 * MB
+def test_the_peak_counts_memory_that_torch_does_not_know():
+    result, growth, nothing = in_a_process_of_its_own(UNKNOWN_TO_TORCH)
+    assert result == 8 * MB
     # Not 72: the result is made after the scratch was freed.
     assert 63 * MB <= growth <= 68 * MB
-    _, nothing = bench.machine.resident_growth(lambda: None)
     assert nothing <= MB
 
 
 FREED_EARLIER = """
-import sys
-
-sys.path.insert(0, sys.argv[1])
-import machine
-import torch
-
 def work():
     return sum(torch.ones(1 << 20).sum() for _ in range(4))  # 4 MB at a time
 
@@ -184,24 +206,26 @@ print(machine.resident_growth(work)[1])
 
 @LINUX
 def test_memory_freed_earlier_does_not_hide_a_peak():
-    """In a process of its own: other tests leave holes in the heap, and glibc fills such a hole
-    before it maps memory, without giving it back when it is free again."""
-    command = [sys.executable, "-P", "-c", FREED_EARLIER, str(ROOT / "benchmarks")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    (growth,) = in_a_process_of_its_own(FREED_EARLIER)
     # At most two of its pieces: the system may count one that has just been given back.
-    assert 3 * MB <= int(done.stdout) <= 9 * MB
+    assert 3 * MB <= growth <= 9 * MB
+
+
+KEPT = """
+kept = []
+
+def first_call():
+    kept.append(torch.ones(4 * MB))  # 16 MB
+    return torch.ones(2 * MB)
+
+torch.ones(MB).sum()
+print(machine.kept_bytes(first_call)[1])
+"""
 
 
 @LINUX
-def test_kept_memory_is_what_stays_beside_the_result(bench):
-    kept = []
-
-    def first_call():
-        kept.append(torch.ones(4 * MB))  # 16 MB
-        return torch.ones(2 * MB)
-
-    _, left = bench.machine.kept_bytes(first_call)
+def test_kept_memory_is_what_stays_beside_the_result():
+    (left,) = in_a_process_of_its_own(KEPT)
     assert 15 * MB <= left <= 18 * MB
 
 
