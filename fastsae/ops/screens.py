@@ -27,6 +27,7 @@ from fastsae.errors import FastsaeError
 
 SMALLEST = 16 << 20  # bytes of weights from which reading a copy instead pays
 REMEMBERED = 64  # weights seen once, or copied
+SETTLED = 64  # rows whose mean is centre enough
 _STRIKES = 3  # calls that a copy mostly did not help, after which it is made anew
 _VARIABLE = "FASTSAE_SCREENS"
 
@@ -43,12 +44,17 @@ class _Weights:
     version: int
     digest: int | None = None
     centre: Tensor | None = None
+    rows: list[Tensor] = dataclasses.field(default_factory=list)  # while they are too few
     strikes: int = 0
     copies: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
     lock: "threading.RLock" = dataclasses.field(default_factory=threading.RLock)
 
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for copy in self.copies.values() for t in copy)
+
+    def forget(self) -> None:
+        """Drops the copies and what they were made with."""
+        self.copies, self.centre, self.rows, self.strikes = {}, None, [], 0
 
 
 class Found:
@@ -58,18 +64,34 @@ class Found:
         self._weights, self._W, self._kind = weights, W, kind
 
     def copy(self, x: Tensor, b_dec: Tensor | None) -> list[Tensor]:
-        """The copy as `_encode_topk` takes it. A first one screens about the mean of x - b_dec."""
+        """The copy as `_encode_topk` takes it.
+
+        A first one screens about the mean of x - b_dec; if that is of a few rows, as while
+        generating, the copy is made once more when SETTLED rows have passed.
+        """
         weights, W, kind = self._weights, self._W, self._kind
         with weights.lock:
             digest = torch.ops.fastsae._encode_digest(W)
             if digest != weights.digest:
-                weights.copies, weights.digest, weights.centre = {}, digest, None
+                weights.forget()
+                weights.digest = digest
+            if weights.centre is None or weights.rows:
+                self._settle(x if b_dec is None else x - b_dec)
             if kind not in weights.copies:
-                if weights.centre is None:
-                    weights.centre = torch.ops.fastsae._encode_centre(x, b_dec)
                 parts = torch.ops.fastsae._encode_copy(W, weights.centre, kind == "int8")
                 weights.copies[kind] = [*parts, weights.centre]
             return weights.copies[kind]
+
+    def _settle(self, x: Tensor) -> None:
+        """The centre: of x at once, and again when there are enough rows."""
+        weights = self._weights
+        few = x.shape[0] < SETTLED
+        rows = [*weights.rows, x.detach().clone()] if few else [x]
+        settled = sum(len(part) for part in rows) >= SETTLED
+        if weights.centre is None or settled:
+            weights.forget()
+            weights.centre = torch.ops.fastsae._encode_centre(torch.cat(rows), None)
+        weights.rows = [] if settled else rows
 
     def judge(self, full: int, rows: int) -> None:
         """Drops a copy that did not help most rows of several calls: its centre is a bad one."""
@@ -77,7 +99,7 @@ class Found:
         weights.strikes = weights.strikes + 1 if 2 * full > rows else 0
         if weights.strikes >= _STRIKES:
             with weights.lock:
-                weights.copies, weights.centre, weights.strikes = {}, None, 0
+                weights.forget()
 
 
 def enabled() -> bool:

@@ -189,6 +189,22 @@ def test_a_copy_about_an_outlier_is_made_anew(encode_sample, copies, n):
     assert native.encode_stages()["full"] == 0
 
 
+def test_a_copy_about_one_row_is_made_anew_about_many(encode_sample, copies):
+    """Generation meets a row at a time, and one row is no centre for the others."""
+    s = encode_sample(n=screens.SETTLED + 4, d=83, f=2011)
+    rows = s.x.split(1)
+    for row in (rows[0], *rows[: screens.SETTLED - 1]):  # the first call makes no copy
+        native.encode_topk(row, s.W_enc, s.b_enc, 17, s.b_dec)
+    (weights,) = screens._seen.values()
+    assert torch.equal(weights.centre, rows[0][0] - s.b_dec)
+    native.encode_topk(rows[screens.SETTLED - 1], s.W_enc, s.b_enc, 17, s.b_dec)
+    mean = (s.x[: screens.SETTLED] - s.b_dec).mean(0)
+    torch.testing.assert_close(weights.centre, mean, rtol=1e-4, atol=1e-5)
+    first = weights.copies["int8"]
+    native.encode_topk(s.x[-4:], s.W_enc, s.b_enc, 17, s.b_dec)
+    assert weights.copies["int8"] is first and not weights.rows
+
+
 def test_one_long_row_does_not_spoil_the_centre():
     x = torch.randn(65, 40) + 3
     x[7] *= 1e5
@@ -262,6 +278,7 @@ def test_inspect_counts_the_copies_that_encoding_makes(copies, tmp_path, instruc
         assert copies.total_bytes() == counted["int8"] + centres
         for _ in range(2):
             sae.encode(torch.randn(40, 70))
+        sae.encode(torch.randn(2, 70))  # the many rows made a better centre, for both copies
     tiled = (counted["bf16"] + centres) * ("amx" in instruction_sets)
     assert copies.total_bytes() == counted["int8"] + centres + tiled
     copies.SMALLEST = 1 << 40
