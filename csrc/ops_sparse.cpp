@@ -1,5 +1,6 @@
 // Bindings of decode, its gradients and the training step; schemas in fastsae/ops/schema.py.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <utility>
@@ -86,6 +87,51 @@ Tensor decode_rows(const Tensor& values, const Tensor& indices, const Tensor& W,
   parallel(N * a.slices, K * D / a.slices,
            [&](int64_t begin, int64_t end) { kernels().decode_rows(a, begin, end); });
   return out;
+}
+
+// Whether a row of `dense` has these codes' bits and no other. Codes are few, so most groups of cache
+// lines are zero: an OR of them all, and a count only where it is not. Then the row is in the cache.
+template <class Bits>
+bool holds_row(const Bits* dense, int64_t F, const Bits* values, const int32_t* indices,
+               int64_t K) {
+  constexpr int64_t kLines = 256 / sizeof(Bits);
+  int64_t left = 0;
+  for (int64_t begin = 0; begin < F; begin += kLines) {
+    const int64_t end = min64(begin + kLines, F);
+    Bits any = 0;
+    for (int64_t f = begin; f < end; ++f) any |= dense[f];
+    for (int64_t f = begin; any && f < end; ++f) left += dense[f] != 0;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    if ((Bits)(values[k] << 1) == 0) continue;  // zero of either sign
+    if (dense[indices[k]] != values[k]) return false;
+    --left;
+  }
+  return left == 0;
+}
+
+bool holds_codes(const Tensor& dense, const Tensor& values, const Tensor& indices) {
+  check(dense, "dense", 2);
+  const int64_t N = dense.size(0), F = dense.size(1), K = values.size(1);
+  check(values, "values", 2, K);
+  const int32_t* index = ints(indices, "indices", 2, K);
+  const DType type = dtype_of(dense, "dense");
+  STD_TORCH_CHECK(values.size(0) == N && indices.size(0) == N, "values: expected a row per row");
+  STD_TORCH_CHECK(dtype_of(values, "values") == type, "values: expected the dtype of dense");
+  check_range(index, N * K, F, "indices");
+  std::atomic<bool> all{true};
+  parallel(N, F, [&](int64_t begin, int64_t end) {
+    const void *rows = dense.const_data_ptr(), *codes = values.const_data_ptr();
+    for (int64_t n = begin; n < end && all.load(std::memory_order_relaxed); ++n) {
+      const int32_t* at = index + n * K;
+      const bool holds =
+          type == DType::f32
+              ? holds_row((const uint32_t*)rows + n * F, F, (const uint32_t*)codes + n * K, at, K)
+              : holds_row((const uint16_t*)rows + n * F, F, (const uint16_t*)codes + n * K, at, K);
+      if (!holds) all.store(false, std::memory_order_relaxed);
+    }
+  });
+  return all.load();
 }
 
 Tensor gather_dot(const Tensor& g, const Tensor& W, const Tensor& indices) {
@@ -329,6 +375,7 @@ std::string get_isa() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
   m.impl("_decode_rows", TORCH_BOX(&fastsae::decode_rows));
+  m.impl("_holds_codes", TORCH_BOX(&fastsae::holds_codes));
   m.impl("_gather_dot", TORCH_BOX(&fastsae::gather_dot));
   m.impl("_sparse_outer", TORCH_BOX(&fastsae::sparse_outer));
   m.impl("_code_gradients", TORCH_BOX(&fastsae::code_gradients));

@@ -22,11 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastsae import ops
 from fastsae.compat import buffers
 from fastsae.ops.csr import csr_to_padded
-from fastsae.ops.decode import decode_dense
+from fastsae.ops.decode import decode_dense, holds_codes
 
 FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DENSE_SHARE = 16  # from F / 16 active latents a row on, a dense product beats gathering rows
-_PAIRS = {4: torch.int64, 2: torch.int32}  # bytes of an entry -> a type that holds two of them
 
 _remembered = WeakTensorKeyDictionary()
 _lock = threading.Lock()
@@ -37,8 +36,7 @@ class Codes:
     """Active latents of every row: values [N, K], indices [N, K] int32, padding has value 0.
 
     `state` is what the decoder must undo (normalisation, heads), of the object `owner`. `values`
-    is None for a tensor of which only that is known. `neighbours` [N, K]: what the dense tensor
-    held beside each entry, at index ^ 1, when it was filled. A `placeholder` holds nothing.
+    is None for a tensor of which only that is known. A `placeholder` holds nothing.
     """
 
     values: Tensor | None
@@ -47,7 +45,6 @@ class Codes:
     state: tuple = ()
     owner: int = 0
     placeholder: bool = False
-    neighbours: Tensor | None = None
 
 
 def plain(*tensors: Tensor) -> bool:
@@ -91,11 +88,7 @@ def dense(codes: Codes, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     else:
         out = _fill(codes.values, codes.indices, full, dtype)
     values = codes.values.detach().to(dtype)
-    beside = None
-    if codes.features % 2 == 0 and dtype.itemsize in _PAIRS:
-        flat = out.detach().view(-1, codes.features)
-        beside = flat.gather(1, (codes.indices ^ 1).long())
-    remember(out, dataclasses.replace(codes, values=values, neighbours=beside))
+    remember(out, dataclasses.replace(codes, values=values))
     return out
 
 
@@ -118,12 +111,7 @@ def recall(tensor: Tensor) -> Codes | None:
 
 
 def unedited(tensor: Tensor, codes: Codes) -> bool:
-    """Whether the dense tensor holds exactly these codes: all of them, and nothing else.
-
-    Compares the entries that the codes name and their neighbours, and counts the pairs of entries
-    in which any bit is set: there must be as many as the codes fill. Reading in pairs halves the
-    time; each pair that holds a code is compared whole.
-    """
+    """Whether the dense tensor holds exactly these codes: all of them, and nothing else."""
     if codes.placeholder:
         return True
     if codes.values is None or tensor.shape[-1] != codes.features:
@@ -131,23 +119,7 @@ def unedited(tensor: Tensor, codes: Codes) -> bool:
     if tensor.dtype != codes.values.dtype or not tensor.is_contiguous():
         return False
     flat = tensor.detach().view(-1, codes.features)
-    if len(flat) != len(codes.values):
-        return False
-    active = codes.values != 0
-    if not _same(flat, codes.indices.long(), codes.values, active):
-        return False
-    count = int(active.sum())
-    if codes.neighbours is None:
-        return int(torch.count_nonzero(flat)) == count
-    if not _same(flat, (codes.indices ^ 1).long(), codes.neighbours, active):
-        return False
-    shared = int(((codes.neighbours != 0) & active).sum())
-    pairs = torch.count_nonzero(flat.view(_PAIRS[flat.element_size()]))
-    return int(pairs) == count - shared // 2
-
-
-def _same(flat: Tensor, index: Tensor, wanted: Tensor, where: Tensor) -> bool:
-    return bool(((flat.gather(1, index) == wanted) | ~where).all())
+    return len(flat) == len(codes.values) and holds_codes(flat, codes.values, codes.indices)
 
 
 def decode(acts: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:

@@ -69,6 +69,22 @@ def decode_dense(
     return out.view(*code.shape[:-1], W_dec.shape[1])
 
 
+def holds_codes(dense: Tensor, values: Tensor, indices: Tensor) -> bool:
+    """Whether `dense` [N, F] holds exactly these codes: their bits, and zero bits elsewhere.
+
+    values [N, K] of dense's floating dtype, indices [N, K] int32; entries with value 0 are
+    padding. Reads dense once.
+    """
+    if dense.dtype != torch.float64 and direct("decode", None, dense) is not None:
+        return torch.ops.fastsae._holds_codes(dense, values, indices)
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dense.element_size()]
+    bits, active = dense.view(kind), values != 0
+    same = bits.gather(1, indices.long()) == values.view(kind)  # as integers: NaN keeps its bits
+    if not bool((same | ~active).all()):
+        return False
+    return int(torch.count_nonzero(bits)) == int(active.sum())
+
+
 class _CodeGradient(torch.autograd.Function):
     """Passes x̂ on and gives the dense code its gradient g · W_decᵀ, which the sparse sum skips."""
 

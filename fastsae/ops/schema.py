@@ -39,6 +39,7 @@ for schema in (
 LEAVES: tuple[str, ...] = (
     "_topk_rows(Tensor x, int k) -> (Tensor, Tensor)",
     "_decode_rows(Tensor values, Tensor indices, Tensor W, Tensor? b) -> Tensor",
+    "_holds_codes(Tensor dense, Tensor values, Tensor indices) -> bool",
     "_gather_dot(Tensor g, Tensor W, Tensor indices) -> Tensor",
     "_sparse_outer(Tensor values, Tensor indices, Tensor g, int F) -> (Tensor, Tensor)",
     "_encode_topk(Tensor x, Tensor W, Tensor b_enc, Tensor? b_dec, int k, bool exact, bool screen,"
