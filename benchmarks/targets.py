@@ -67,6 +67,10 @@ def _at(*names: str) -> Callable:
     return lambda row: row.dtype == "float32" and (row.N, row.D, row.F) in wanted
 
 
+def _any(row) -> bool:
+    return True
+
+
 def _half(row) -> bool:
     return row.dtype == "bfloat16" and (row.N, row.D, row.F) in (
         SHAPES["C"][:3],
@@ -102,7 +106,7 @@ def _targets() -> Iterable[Target]:
         yield Target(op, "≥ 4 x faster than SAELens", 1 / 4, _at("A", "B"), ("SAELens",))
         text = "without AMX: not slower than torch"
         yield Target(op, text, 1, _at("A", "B"), ("torch",), ours=NO_TILES)
-        yield Target(op, "≤ 64 MB beside the result", 64, lambda row: True, (), "mb")
+        yield Target(op, "≤ 64 MB beside the result", 64, _any, (), "mb")
     unsorted = ("torch", "torch unsorted")
     for state in ("cold", "cold L2"):
         text = f"≥ 8 x faster than torch.topk, {state}"
@@ -122,8 +126,16 @@ def _targets() -> Iterable[Target]:
         yield Target("mi_topk", "≤ 256 MB beside the result", 256, _mi(number), (), "mb")
     yield Target("steer", "≤ 40 µs a call", 0.040, _steer(STEER[2]), (), "ms")
     yield Target("steer", "≤ 8 µs a call, idle", 0.008, _steer(0), (), "ms")
+    for op in ("saelens_encode", "saelens_encode_jumprelu"):
+        yield Target(op, "≥ 4 x faster than SAELens", 1 / 4, _at("A", "B"), ("SAELens",))
+    text = "≥ 30 x faster than SAELens"
+    yield Target("saelens_decode", text, 1 / 30, _at("A", "B", "C"), ("SAELens",))
+    yield Target("hooked_forward", "≥ 2 x faster than SAELens", 1 / 2, _any, ("SAELens",))
+    yield Target("sparsify_train_step", "≥ 2 x faster than sparsify", 1 / 2, _train, ("sparsify",))
+    bases = ("SAELens", "SAELens sparse")
+    yield Target("saelens_train_step", "faster than SAELens", 1, _train, bases)
     token = "steering adds ≤ 1 % to a decoded token"
-    yield Target("steer_token", token, 1.01, lambda row: True, ("unsteered",))
+    yield Target("steer_token", token, 1.01, _any, ("unsteered",))
 
 
 TARGETS = tuple(_targets())
