@@ -24,6 +24,15 @@ def _change(setting, name: str, wanted) -> None:
         _restore.append(functools.partial(setattr, setting, name, before))
 
 
+def _sum_exactly(setting, name: str) -> None:
+    """No reduced-precision sums; the flag's second half, which setting the first resets, stays."""
+    if getattr(setting, name):
+        split_k = getattr(setting, f"{name}_split_k", None)  # not in every torch
+        before = True if split_k is None else (True, split_k)
+        setattr(setting, name, False if split_k is None else (False, split_k))
+        _restore.append(functools.partial(setattr, setting, name, before))
+
+
 def _make_exact(device: torch.device) -> None:
     """torch keeps the TF32 state twice and its products raise when the two disagree.
 
@@ -42,8 +51,8 @@ def _make_exact(device: torch.device) -> None:
     if setting.fp32_precision not in ("none", "ieee"):
         _change(setting, "fp32_precision", "ieee")
     if device.type == "cuda":
-        _change(cuda, "allow_bf16_reduced_precision_reduction", False)
-        _change(cuda, "allow_fp16_reduced_precision_reduction", False)
+        _sum_exactly(cuda, "allow_bf16_reduced_precision_reduction")
+        _sum_exactly(cuda, "allow_fp16_reduced_precision_reduction")
         _change(cuda, "allow_fp16_accumulation", False)
 
 
