@@ -1,7 +1,8 @@
 """A Hugging Face model under continuous batching, each request steered by its own policy."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastsae.errors import FastsaeError
@@ -9,6 +10,8 @@ from fastsae.sae import SAE
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling, sampler
 from fastsae.serve.seats import EngineError, Job, Seats
+
+log = logging.getLogger("uvicorn.error")
 
 PAGE = 64  # tokens of a block of the cache
 
@@ -37,7 +40,7 @@ class Engine:
 
         self.model, self.tokenizer = model, tokenizer
         self.layers = tuple(saes)
-        self.handle = attach(model, saes, max_policies=max_policies)
+        self.handle = attach(model, saes, max_policies=max_policies, watch=True)
         self.eos = _end_tokens(model)
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         longest = getattr(config, "max_position_embeddings", None) or cache_tokens
@@ -45,6 +48,8 @@ class Engine:
         self._sampling: dict[str, Sampling] = {}
         self._seats = Seats(self.handle, dict(zip(saes, self.handle.sites, strict=True)))
         self._broken: set[str] = set()
+        self.observe: Callable[[float], None] = lambda seconds: None  # steering, of every forward
+        self.handle.observe(lambda seconds: self.observe(seconds))
         self._admissions: list[tuple[Job, asyncio.Future]] = []
         self._admitting: asyncio.Task | None = None
         # Two requests with one prompt and two policies must not share what was computed of it; and
@@ -62,6 +67,7 @@ class Engine:
             do_sample=False, eos_token_id=list(self.eos) or None, max_new_tokens=self.context
         )
         self.manager: Any = None
+        self._stopping: Any = None
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the entry's policy cannot be applied here."""
@@ -79,10 +85,22 @@ class Engine:
         self.manager.start()
 
     def stop(self, timeout: float = 30.0) -> None:
-        """Ends the thread; requests that still run fail."""
+        """Ends the thread; requests that still run fail.
+
+        A forward that is under way after `timeout` seconds keeps the hooks, so that it ends steered
+        as it began; a later `stop` waits for it again.
+        """
         if self.manager is not None:
-            self.manager.stop(block=True, timeout=timeout, hard_stop=True)
-            self.manager = None
+            self._stopping, self.manager = self.manager, None
+        if self._stopping is not None:
+            self._stopping.stop(block=True, timeout=timeout, hard_stop=True)
+            if self._stopping.is_running():
+                log.warning(
+                    "the engine's thread still runs after %g s: the model stays hooked; call stop "
+                    "again, or end the process", timeout,
+                )  # fmt: skip
+                return
+            self._stopping = None
         self.handle.detach()
 
     @property
@@ -108,11 +126,11 @@ class Engine:
                 ended = output.is_finished()
                 if output.error:
                     raise EngineError(output.error)
+                if job.id in self._broken:
+                    raise EngineError("logits are not finite: a strength is far too large")
+                self._seats.verify(job, len(output.generated_tokens), output.steered)
                 for token in output.generated_tokens[drawn:]:
                     drawn += 1
-                    if job.id in self._broken:
-                        raise EngineError("logits are not finite: a strength is far too large")
-                    self._seats.verify(job, drawn)
                     yield token
         finally:
             if not ended and self.manager is not None:
@@ -172,6 +190,15 @@ class Engine:
                 return errors
         except Exception as error:  # the thread of the engine has ended, or is ending
             return [EngineError(f"not admitted: {error}")] * len(jobs)
+
+    def forget(self, entry: Entry) -> None:
+        """The entry is not served any more: what was watched of its policy goes."""
+        self._seats.forget(entry)
+
+    def watched(self) -> dict[tuple[int | str, str], dict[str, Any]]:
+        """{(layer, policy digest): gates, features and doses} as fastsae.steering.watch reads
+        them; within one forward's tokens while one runs."""
+        return self._seats.watched()
 
     def counters(self) -> dict[str, int]:
         """Tokens steered since the start, by policy id."""

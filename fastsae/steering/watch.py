@@ -23,6 +23,10 @@ class _Resident:
         self.slot, self.policy, self.watched, self.left = slot, policy, watched, left
         self.users = 0
 
+    @property
+    def named(self) -> tuple[int, ...]:
+        return self.watched + self.left
+
 
 class Watch:
     """Slots of a WatchTable, keyed by policy digest; slot 0 is for rows that nobody watches.
@@ -65,14 +69,20 @@ class Watch:
         """The policy's slot for rows that have it; every `acquire` needs a `release`.
 
         Watched are the features of its gate, of its operations and `also`, in this order, the
-        first `features` of them; `read` names the others. When every slot has a user:
-        FastsaeError, and nothing changed. Acquire policies that are `in` the watch first: others
-        may take the slot of one that has no user.
+        first `features` of them; `read` names the others. A policy without a user that comes back
+        with another `also` begins at 0. When every slot has a user: FastsaeError, and nothing
+        changed. Acquire policies that are `in` the watch first: others may take the slot of one
+        that has no user.
         """
-        resident = self._residents.pop(policy.digest, None)
+        named = self._named(policy, also)
+        resident = self._residents.get(policy.digest)
+        if resident is not None and not resident.users and resident.named != named:
+            self.forget(policy.digest)
+            resident = None
         if resident is None:
-            resident = self._enter(policy, also)
-        self._residents[policy.digest] = resident
+            resident = self._enter(policy, named)
+        self._residents.pop(policy.digest, None)
+        self._residents[policy.digest] = resident  # now the most recently used
         resident.users += 1
         return resident.slot
 
@@ -94,6 +104,12 @@ class Watch:
         if not resident.users:
             del self._residents[digest]
             self._free.append(resident.slot)
+
+    def move(self, device: torch.device) -> None:
+        """Puts the buffers on another device, numbers included; graphs of them are void then."""
+        with torch.inference_mode(False):
+            moved = (keep_address(t.to(device)) for t in self.table)
+            self.table = WatchTable(*moved)
 
     def read(self) -> dict[str, dict[str, Any]]:
         """{digest: numbers since the policy came}; waits for the device.
@@ -117,11 +133,14 @@ class Watch:
             for digest, resident in self._residents.items()
         }
 
-    def _enter(self, policy: Policy, also: Sequence[int]) -> _Resident:
+    def _named(self, policy: Policy, also: Sequence[int]) -> tuple[int, ...]:
         check_features(self.sae, tuple(also))
         gated = () if policy.gate is None else policy.gate.features
         edited = (feature for step in policy.operations for feature in step.features)
-        named = tuple(dict.fromkeys([*gated, *edited, *also]))
+        return tuple(dict.fromkeys([*gated, *edited, *also]))
+
+    def _enter(self, policy: Policy, named: tuple[int, ...]) -> _Resident:
+        gated = () if policy.gate is None else policy.gate.features
         watched = named[: self.features]
         rows = fetch_rows(self.sae, [(f, self.sae.config.has_threshold) for f in watched])
         if not self._free:

@@ -44,6 +44,7 @@ class Clockwork:
         self.tokenizer = Letters()
         self.script, self.beat, self.alive = "hello world", 0.0, False
         self.seen, self.cancelled, self.fail = [], [], None
+        self.numbers, self.forgotten = {}, []
 
     def start(self):
         self.alive = True
@@ -57,6 +58,12 @@ class Clockwork:
 
     def counters(self):
         return {}
+
+    def watched(self):
+        return self.numbers
+
+    def forget(self, entry):
+        self.forgotten.append(entry)
 
     async def run(self, job):
         self.seen.append(job)

@@ -9,7 +9,7 @@ import torch
 from fastsae import SAE, SAEConfig, gate
 from fastsae.errors import FastsaeError
 from fastsae.ops.watch import watch_
-from fastsae.steering import Policy, ablate, add, amplify
+from fastsae.steering import Policy, ablate, add, amplify, attach
 from fastsae.steering.watch import Watch
 
 D, F = 32, 64
@@ -178,3 +178,39 @@ def test_features_beyond_the_buffers_are_named(sae):
     assert read["gate"] == {}
     with pytest.raises(FastsaeError, match="features: 64 is out of range"):
         watch.acquire(POLICIES[0], also=[64])
+
+
+def test_a_handle_watches_what_its_rows_steer(llama, make_sae, batch, logits):
+    """Padding, first tokens and tokens of another phase are nobody's; over two batches."""
+    sae, seen = make_sae(), []
+    layer = llama.model.layers[0]
+    record = layer.register_forward_hook(lambda m, a, out: seen.append(_residual(out)))
+    with torch.no_grad():
+        logits(llama)  # what the first layer gives does not depend on what is steered after it
+    record.remove()
+    policies = [batch.policies[0], batch.policies[1], batch.policies[0]]
+    with attach(llama, {0: sae}, watch=True) as handle:
+        handle.set(policies)
+        logits(llama)
+        handle.set([None, policies[1], None])
+        logits(llama)
+        numbers = handle.watched()["layers.0.output"]
+        counts = handle.counts()["layers.0.output"]
+    chosen = batch.steered
+    x = torch.cat([seen[0][row][chosen[row]] for row in (0, 2)])
+    first = numbers[policies[0].digest]
+    assert first["tokens"] == x.shape[0] and first["gate"] is None
+    W, b, b_dec = (t.detach().double() for t in (sae.W_enc, sae.b_enc, sae.b_dec))
+    h = (x.double() - b_dec) @ W.T + b
+    for feature, each in first["features"].items():
+        acts = h[:, feature].relu()
+        assert math.isclose(each["sum"], float(acts.sum()), rel_tol=1e-5, abs_tol=1e-5)
+        assert math.isclose(each["max"], float(acts.max()), rel_tol=1e-5, abs_tol=1e-5)
+    assert set(first["features"]) == {1, 2, 3} and first["dose"]["max"] > 0.1
+    assert numbers[policies[1].digest]["tokens"] == 2 * int(chosen[1].sum()) == 2 * counts[1]
+    with attach(llama, {0: sae}) as handle, pytest.raises(FastsaeError, match="watch=True"):
+        handle.watched()
+
+
+def _residual(output):
+    return (output[0] if isinstance(output, tuple) else output).detach().clone()
