@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
@@ -68,6 +70,7 @@ class Engine:
         )
         self.manager: Any = None
         self._stopping: Any = None
+        self._pausing = threading.Lock()
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the entry's policy cannot be applied here."""
@@ -93,7 +96,11 @@ class Engine:
         if self.manager is not None:
             self._stopping, self.manager = self.manager, None
         if self._stopping is not None:
-            self._stopping.stop(block=True, timeout=timeout, hard_stop=True)
+            until = time.monotonic() + timeout
+            if self._pausing.acquire(timeout=timeout):  # nobody is seated meanwhile
+                self._pausing.release()
+                left = max(0.0, until - time.monotonic())
+                self._stopping.stop(block=True, timeout=left, hard_stop=True)
             if self._stopping.is_running():
                 log.warning(
                     "the engine's thread still runs after %g s: the model stays hooked; call stop "
@@ -174,7 +181,7 @@ class Engine:
 
     def _seat(self, jobs: list[Job]) -> list[Exception | None]:
         try:
-            with self.manager.pause():
+            with self._pausing, self.manager.pause():
                 errors = self._seats.take(jobs, self.manager)
                 for job, error in zip(jobs, errors, strict=True):
                     if error is None:

@@ -196,7 +196,7 @@ class Site:
             where.request_of(residual).note(first[0], chosen[:, 0], broken[:, 0])
         self._count(chosen, rows)
         if self.dose is not None:
-            out = self._within_dose(residual, out)
+            out = self._within_dose(residual, out, chosen)
         if self.watch is not None:
             new = out if broken is None else out.masked_fill(broken.unsqueeze(-1), torch.nan)
             watch_(residual, new, ran * _of(self.watch_slots, rows), self.watch.table)
@@ -222,7 +222,7 @@ class Site:
             given = self.counts.shape[0]
             self.counts.add_(steered.view(given, -1).sum(1, keepdim=True))
 
-    def _within_dose(self, x: Tensor, r: Tensor) -> Tensor:
+    def _within_dose(self, x: Tensor, r: Tensor, chosen: Tensor) -> Tensor:
         if self.dose.action == "clamp":
             return clamp(x, r, self.dose.limit)
         if torch.compiler.is_compiling():
@@ -230,7 +230,9 @@ class Site:
                 f'dose: "{self.dose.action}" looks at every forward, and a compiled graph cannot; '
                 'use Dose(limit, "clamp")'
             )
-        most, before = float(relative_change(x, r).max()), self.largest_dose
+        # Others may hold NaN of the model's own, padding for one.
+        dose = torch.where(chosen, relative_change(x, r), 0.0)
+        most, before = float(dose.max()), self.largest_dose
         self.largest_dose = max(most, before)
         if not most <= self.dose.limit:  # NaN is no dose either
             text = (

@@ -201,16 +201,16 @@ def test_an_audit_file_that_is_moved_or_deleted_is_opened_anew(tmp_path):
     assert lines(tmp_path / "old") == [1] and lines(path) == [3, 4] and audit.lost == 0
 
 
-def test_a_full_disk_is_one_warning_and_a_count(caplog):
+def test_a_full_disk_is_one_warning_and_a_count(logged):
     audit = Audit("/dev/full")
     for n in range(3):
         audit.record(n=n)
     assert audit.lost == 3
-    (warning,) = caplog.records
-    assert "audit: cannot write /dev/full: [Errno 28]" in warning.getMessage()
+    (warning,) = logged
+    assert "audit: cannot write /dev/full: [Errno 28]" in warning
 
 
-def test_a_folder_that_comes_back_is_written_again(tmp_path, caplog):
+def test_a_folder_that_comes_back_is_written_again(tmp_path, logged):
     path = tmp_path / "logs" / "audit.jsonl"
     path.parent.mkdir()
     audit = Audit(path)
@@ -220,10 +220,10 @@ def test_a_folder_that_comes_back_is_written_again(tmp_path, caplog):
     audit.record(n=2)
     path.parent.mkdir()
     audit.record(n=3)
-    assert lines(path) == [3] and audit.lost == 2 and len(caplog.records) == 1
+    assert lines(path) == [3] and audit.lost == 2 and len(logged) == 1
 
 
-def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path, caplog):
+def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path, logged):
     class Short:
         def __init__(self, file):
             self.file, self.room = file, 5
@@ -241,4 +241,4 @@ def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path, caplog):
     audit.record(n=2)
     cut, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
     assert len(cut) == 5 and json.loads(whole)["n"] == 2 and audit.lost == 1
-    assert "only 5 of" in caplog.text
+    assert "only 5 of" in logged[0]
