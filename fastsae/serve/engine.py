@@ -117,8 +117,9 @@ class Engine:
     async def run(self, job: Job) -> AsyncIterator[int]:
         """The job's tokens as they are drawn, its end-of-sequence token included.
 
-        Leaving the iteration cancels the job. Raises EngineError when it fails, and when fewer of
-        its tokens were steered than its policy asks for; EngineFull when its policy finds no room.
+        Leaving the iteration cancels the job. Raises EngineError when it fails, and when more or
+        fewer of its tokens were steered than its policy asks for; EngineFull when its policy finds
+        no room.
         """
         if not self.alive:
             raise EngineError("the engine is not running")
