@@ -23,6 +23,7 @@ COMMANDS = (
     "policy",
     "sweep",
     "generate",
+    "serve",
     "inspect",
     "convert",
     "env",

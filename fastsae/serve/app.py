@@ -117,7 +117,8 @@ def create_app(
     async def metrics():
         for policy, tokens in engine.counters().items():
             server.metrics.steered.labels(policy).set(tokens)
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4")
+        text = await asyncio.to_thread(server.metrics.text)  # may wait for the device
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     add_admin_routes(app, server)
     return app

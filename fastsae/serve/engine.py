@@ -1,7 +1,10 @@
 """A Hugging Face model under continuous batching, each request steered by its own policy."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastsae.errors import FastsaeError
@@ -9,6 +12,8 @@ from fastsae.sae import SAE
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling, sampler
 from fastsae.serve.seats import EngineError, Job, Seats
+
+log = logging.getLogger("uvicorn.error")
 
 PAGE = 64  # tokens of a block of the cache
 
@@ -37,7 +42,7 @@ class Engine:
 
         self.model, self.tokenizer = model, tokenizer
         self.layers = tuple(saes)
-        self.handle = attach(model, saes, max_policies=max_policies)
+        self.handle = attach(model, saes, max_policies=max_policies, watch=True)
         self.eos = _end_tokens(model)
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         longest = getattr(config, "max_position_embeddings", None) or cache_tokens
@@ -45,6 +50,8 @@ class Engine:
         self._sampling: dict[str, Sampling] = {}
         self._seats = Seats(self.handle, dict(zip(saes, self.handle.sites, strict=True)))
         self._broken: set[str] = set()
+        self.observe: Callable[[float], None] = lambda seconds: None  # steering, of every forward
+        self.handle.observe(lambda seconds: self.observe(seconds))
         self._admissions: list[tuple[Job, asyncio.Future]] = []
         self._admitting: asyncio.Task | None = None
         # Two requests with one prompt and two policies must not share what was computed of it; and
@@ -62,6 +69,8 @@ class Engine:
             do_sample=False, eos_token_id=list(self.eos) or None, max_new_tokens=self.context
         )
         self.manager: Any = None
+        self._stopping: Any = None
+        self._pausing = threading.Lock()
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the entry's policy cannot be applied here."""
@@ -79,10 +88,26 @@ class Engine:
         self.manager.start()
 
     def stop(self, timeout: float = 30.0) -> None:
-        """Ends the thread; requests that still run fail."""
+        """Ends the thread; requests that still run fail.
+
+        A forward that is under way after `timeout` seconds keeps the hooks, so that it ends steered
+        as it began; a later `stop` waits for it again.
+        """
         if self.manager is not None:
-            self.manager.stop(block=True, timeout=timeout, hard_stop=True)
-            self.manager = None
+            self._stopping, self.manager = self.manager, None
+        if self._stopping is not None:
+            until = time.monotonic() + timeout
+            if self._pausing.acquire(timeout=timeout):  # nobody is seated meanwhile
+                self._pausing.release()
+                left = max(0.0, until - time.monotonic())
+                self._stopping.stop(block=True, timeout=left, hard_stop=True)
+            if self._stopping.is_running():
+                log.warning(
+                    "the engine's thread still runs after %g s: the model stays hooked; call stop "
+                    "again, or end the process", timeout,
+                )  # fmt: skip
+                return
+            self._stopping = None
         self.handle.detach()
 
     @property
@@ -92,8 +117,9 @@ class Engine:
     async def run(self, job: Job) -> AsyncIterator[int]:
         """The job's tokens as they are drawn, its end-of-sequence token included.
 
-        Leaving the iteration cancels the job. Raises EngineError when it fails, and when fewer of
-        its tokens were steered than its policy asks for; EngineFull when its policy finds no room.
+        Leaving the iteration cancels the job. Raises EngineError when it fails, and when more or
+        fewer of its tokens were steered than its policy asks for; EngineFull when its policy finds
+        no room.
         """
         if not self.alive:
             raise EngineError("the engine is not running")
@@ -108,11 +134,11 @@ class Engine:
                 ended = output.is_finished()
                 if output.error:
                     raise EngineError(output.error)
+                if job.id in self._broken:
+                    raise EngineError("logits are not finite: a strength is far too large")
+                self._seats.verify(job, len(output.generated_tokens), output.steered)
                 for token in output.generated_tokens[drawn:]:
                     drawn += 1
-                    if job.id in self._broken:
-                        raise EngineError("logits are not finite: a strength is far too large")
-                    self._seats.verify(job, drawn)
                     yield token
         finally:
             if not ended and self.manager is not None:
@@ -156,7 +182,7 @@ class Engine:
 
     def _seat(self, jobs: list[Job]) -> list[Exception | None]:
         try:
-            with self.manager.pause():
+            with self._pausing, self.manager.pause():
                 errors = self._seats.take(jobs, self.manager)
                 for job, error in zip(jobs, errors, strict=True):
                     if error is None:
@@ -172,6 +198,15 @@ class Engine:
                 return errors
         except Exception as error:  # the thread of the engine has ended, or is ending
             return [EngineError(f"not admitted: {error}")] * len(jobs)
+
+    def forget(self, entry: Entry) -> None:
+        """The entry is not served any more: what was watched of its policy goes."""
+        self._seats.forget(entry)
+
+    def watched(self) -> dict[tuple[int | str, str], dict[str, Any]]:
+        """{(layer, policy digest): gates, features and doses} as fastsae.steering.watch reads
+        them; within one forward's tokens while one runs."""
+        return self._seats.watched()
 
     def counters(self) -> dict[str, int]:
         """Tokens steered since the start, by policy id."""

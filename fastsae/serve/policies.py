@@ -12,13 +12,21 @@ from fastsae.steering import Policy
 
 @dataclass(frozen=True)
 class Entry:
-    """A policy as it is served. `holdout`: the share of its requests that stay unsteered."""
+    """A policy as it is served. `holdout`: the share of its requests that stay unsteered.
+
+    watch: features whose activations /metrics shows, besides those that the policy names.
+    """
 
     policy: Policy
     layer: int | str
     holdout: float = 0.0
+    watch: tuple[int, ...] = ()
 
     def __post_init__(self):
+        listed = self.watch if isinstance(self.watch, list | tuple) else ("no list",)
+        if any(type(feature) is not int or feature < 0 for feature in listed):
+            raise FastsaeError(f"watch: expected a list of features ≥ 0, got {self.watch!r}")
+        object.__setattr__(self, "watch", tuple(listed))
         share = self.holdout
         number = isinstance(share, int | float) and not isinstance(share, bool)
         if not number or not 0 <= share < 1:
@@ -40,6 +48,7 @@ class Entry:
             "digest": self.policy.digest,
             "layer": self.layer,
             "holdout": self.holdout,
+            "watch": list(self.watch),
             "policy": self.policy.to_dict(),
         }
 
@@ -48,29 +57,40 @@ class PolicyStore:
     """Entries by id. A request holds its Entry, so replacing one changes only later requests.
 
     check(entry): raises FastsaeError when the engine cannot apply the policy; called before a
-    policy is admitted, so that every policy in the store can be applied.
+    policy is admitted, so that every policy in the store can be applied. `gone` is called with
+    every entry that was replaced or deleted.
     """
 
     def __init__(self, layers: Iterable[int | str], check: Callable[[Entry], None]):
         self.layers = tuple(layers)
         self._check = check
+        self.gone: Callable[[Entry], None] = lambda entry: None
         self._entries: dict[str, Entry] = {}  # oldest first
         self._lock = threading.Lock()
 
     def put(self, document: Any) -> Entry:
-        """Admits {"policy", "layer", "holdout"} or a bare policy, in place of one of its id."""
+        """Admits {"policy", "layer", "holdout", "watch"} or a bare policy, for one of its id."""
         if not isinstance(document, dict):
             raise FastsaeError(f"policy: expected a JSON object, got {document!r}")
         fields = document if "policy" in document else {"policy": document}
-        unknown = sorted(set(fields) - {"policy", "layer", "holdout"})
+        unknown = sorted(set(fields) - {"policy", "layer", "holdout", "watch"})
         if unknown:
-            raise FastsaeError(f"{unknown[0]}: unknown key; accepted are policy, layer, holdout")
+            raise FastsaeError(
+                f"{unknown[0]}: unknown key; accepted are policy, layer, holdout, watch"
+            )
         policy = Policy.from_dict(fields["policy"])
-        entry = Entry(policy, self._layer(fields.get("layer")), fields.get("holdout", 0.0))
+        entry = Entry(
+            policy,
+            self._layer(fields.get("layer")),
+            fields.get("holdout", 0.0),
+            fields.get("watch", ()),
+        )
         self._check(entry)
         with self._lock:
-            self._entries.pop(entry.id, None)
+            replaced = self._entries.pop(entry.id, None)
             self._entries[entry.id] = entry
+        if replaced is not None:
+            self.gone(replaced)
         return entry
 
     def load(self, path: str | Path, layer: int | str | None = None) -> list[Entry]:
@@ -109,7 +129,9 @@ class PolicyStore:
         with self._lock:
             if name not in self._entries:
                 raise FastsaeError(f"policy: {name!r} is unknown; delete by full id name@version")
-            return self._entries.pop(name)
+            deleted = self._entries.pop(name)
+        self.gone(deleted)
+        return deleted
 
     def all(self) -> list[Entry]:
         with self._lock:

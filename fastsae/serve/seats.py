@@ -10,6 +10,7 @@ from fastsae.errors import FastsaeError
 from fastsae.serve.control import Decision
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling
+from fastsae.steering.lower import check_features
 from fastsae.steering.site import Rows, Site
 
 LINGER = 10.0  # seconds that a request which was left stays named: it may be in a batch still
@@ -33,10 +34,10 @@ class Job:
     decision: Decision
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def least_steered(self, drawn: int) -> int:
+    def steered_tokens(self, drawn: int) -> int:
         """Tokens that must have been steered when `drawn` are known: the last is not fed back, and
         a prompt's first token is left alone."""
-        if not self.decision.steered:
+        if not self.decision.steered or drawn == 0:
             return 0
         prompt, generated = len(self.tokens) - 1, drawn - 1
         phase = self.decision.entry.policy.phase
@@ -51,13 +52,14 @@ class Seats:
         self.totals: collections.Counter[str] = collections.Counter()
         self._jobs: dict[str, Job] = {}
         self._order: list[str] = []  # the row of every job, as last set
-        self._steered: collections.Counter[str] = collections.Counter()  # before the last set
+        self._gone: list[Entry] = []  # not served any more; their numbers go with the next `take`
         self._left: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def check(self, entry: Entry) -> None:
         """Raises FastsaeError if the policy does not fit its SAE or the tables."""
         attached = self.handle.sites[self.places[entry.layer]]
+        check_features(attached.sae, entry.watch)
         trial = Site(attached.sae, attached.table.capacity, attached.table.device, False, None)
         trial.set(Rows([entry.policy], [1.0], None))
 
@@ -66,6 +68,9 @@ class Seats:
         with self._lock:
             self._collect()
             self._clear(manager)
+            while self._gone:
+                entry = self._gone.pop()
+                self.handle.sites[self.places[entry.layer]].watch.forget(entry.policy.digest)
             try:
                 self._set([*self._jobs.values(), *jobs])
                 return [None] * len(jobs)
@@ -85,17 +90,33 @@ class Seats:
             if job.id in self._jobs:
                 self._left[job.id] = time.monotonic()
 
-    def verify(self, job: Job, drawn: int) -> None:
-        """Raises EngineError if a token of the job went through unsteered."""
-        least = job.least_steered(drawn)
-        if least <= 0:
-            return
+    def forget(self, entry: Entry) -> None:
+        """The entry is not served any more: what was watched of it goes."""
         with self._lock:
-            done = self._steered[job.id] + self._counts().get(job.id, 0)
-        if done < least:
-            raise EngineError(
-                f"policy {job.decision.entry.id}: {done} of {least} tokens were steered"
-            )
+            self._gone.append(entry)
+
+    def watched(self) -> dict[tuple[int | str, str], dict]:
+        """{(layer, policy digest): the numbers of fastsae.steering.watch}."""
+        with self._lock:
+            gone = {(entry.layer, entry.policy.digest) for entry in self._gone}
+            numbers = self.handle.watched()
+        return {
+            (layer, digest): each
+            for layer, place in self.places.items()
+            for digest, each in numbers[str(place)].items()
+            if (layer, digest) not in gone
+        }
+
+    def verify(self, job: Job, drawn: int, steered: int) -> None:
+        """Raises EngineError unless the job's policy met each of its tokens, and nothing else did.
+
+        steered: how many of the tokens that the last of `drawn` was computed from were steered,
+        whether they were computed once or, after a preemption, again.
+        """
+        expected = job.steered_tokens(drawn)
+        if steered != expected:
+            of = "no policy" if job.decision.entry is None else f"policy {job.decision.entry.id}"
+            raise EngineError(f"{of}: {steered} of {expected} tokens were steered")
 
     def _counts(self) -> dict[str, int]:
         rows = [0] * len(self._order)
@@ -107,7 +128,6 @@ class Seats:
         """Adds up what `set` is about to reset."""
         for name, count in self._counts().items():
             if count:
-                self._steered[name] += count
                 self.totals[self._jobs[name].decision.entry.id] += count
 
     def _clear(self, manager) -> None:
@@ -120,14 +140,15 @@ class Seats:
             )
             if since < oldest and not running:
                 del self._left[name], self._jobs[name]
-                self._steered.pop(name, None)
                 self.handle.forget(name)
 
     def _set(self, jobs: list[Job]) -> None:
         """Sets the jobs' policies; what was set stays when that raises."""
         policies: dict = {}
-        for layer in self.handle.sites:
+        for layer, attached in self.handle.sites.items():
             policies[layer] = [self._policy(job, layer) for job in jobs]
+            entries = (job.decision.entry for job in jobs if job.decision.entry is not None)
+            attached.also = {entry.policy.digest: entry.watch for entry in entries}
         self.handle.set(
             policies,
             strengths=[job.decision.strength if job.decision.steered else 1.0 for job in jobs],

@@ -13,7 +13,7 @@ from fastsae.serve.audit import Audit
 from fastsae.serve.control import LatencyGuard, decide
 from fastsae.serve.engine import Engine
 from fastsae.serve.errors import ApiError
-from fastsae.serve.metrics import Metrics
+from fastsae.serve.metrics import Metrics, Watched
 from fastsae.serve.policies import PolicyStore
 from fastsae.serve.sampling import Sampling
 from fastsae.serve.seats import Job
@@ -43,6 +43,9 @@ class Server:
         self.engine, self.store, self.settings, self.audit = engine, store, settings, audit
         self.explanations = explanations
         self.metrics = Metrics()
+        self.metrics.registry.register(Watched(engine.watched, store.all, audit))
+        engine.observe = self.metrics.steering.observe
+        store.gone = engine.forget
         self.guard = LatencyGuard(settings.latency_budget_ms)
         self.started = int(time.time())
         self.running = 0

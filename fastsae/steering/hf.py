@@ -7,7 +7,7 @@ do is decided by the contents of buffers, so `set` reaches a model compiled afte
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -64,6 +64,8 @@ class SteeringHandle:
         With `generate_batch` a row is a prompt, in order. A continuous batching manager of your own
         (made after attach) takes requests=, the request id of each row; a request it does not name
         is refused. Rows that differ need ContinuousBatchingConfig(allow_block_sharing=False).
+        There a request whose residual steering would make unusable (not finite, or too large for
+        the norms that follow) fails alone: its output has an error and no tokens.
 
         When it raises, what was set before stays. `counts` starts again at 0.
         """
@@ -126,6 +128,28 @@ class SteeringHandle:
             for place, each in self.sites.items()
         }
 
+    def watched(self) -> dict[str, dict]:
+        """{place: {policy digest: gates, features and doses of its steered tokens, added up}}.
+
+        For `attach(..., watch=True)`; the numbers are those of `fastsae.steering.watch.Watch.read`.
+        They stay when the rows change, as long as the policy's slot is not needed. Waits for the
+        device.
+        """
+        self._check_attached()
+        if any(each.watch is None for each in self.sites.values()):
+            raise FastsaeError("watch: nothing was watched; attach with watch=True")
+        return {str(place): each.watch.read() for place, each in self.sites.items()}
+
+    def observe(self, told: "Callable[[float], None] | None") -> None:
+        """Calls `told` after every forward in which a row has a policy, with the seconds that all
+        hooked places of the model took together; None ends it.
+
+        On the host's clock: on a GPU that is the time to launch, not to compute. A compiled model
+        tells nothing. `told` runs in the thread of the forward.
+        """
+        self._check_attached()
+        self._host.tracker.observe = told
+
     @contextlib.contextmanager
     def trace(self, features: "int | Sequence[int]", *, layer=None) -> Iterator[Trace]:
         """`with handle.trace([12, 99]) as trace: model.generate(...)`, then `trace.rows()`.
@@ -183,16 +207,18 @@ def attach(
     max_items: int = Capacity().max_items,
     first_token: bool = False,
     dose: Dose | None = None,
+    watch: bool = False,
 ) -> SteeringHandle:
     """Hook a model once, idle, for production: `handle.set` then decides what each row gets.
 
     saes: {layer: sae}, a layer being a number (its output, or the place in it where the SAE says it
     was trained) or a hook point such as "blocks.9.hook_resid_pre", "resid_mid.9", "attn_out.9",
     "mlp_in.9", "mlp_out.9" or "layers.9.mlp.output" (fastsae.places); or one SAE that knows its
-    own. dose: a limit on the relative change of a token (fastsae.steering.Dose). The max_ arguments
-    fix the buffers of each layer: max_features · d_in · 8 bytes most of it. Padding, known from the
-    2-D attention mask or from position ids, is never steered; nor is each row's first token, which
-    carries huge norms in most models, unless `first_token`.
+    own. dose: a limit on the relative change of a token (fastsae.steering.Dose). watch: add up, per
+    policy, what `SteeringHandle.watched` gives. The max_ arguments fix the buffers of each layer:
+    max_features · d_in · 8 bytes most of it. Padding, known from the 2-D attention mask or from
+    position ids, is never steered; nor is each row's first token, which carries huge norms in most
+    models, unless `first_token`.
 
     Attach *before* torch.compile: a compiled model is refused, because graphs ignore later hooks.
     Several handles may share a model; at one layer they apply in the order of attachment.
@@ -213,7 +239,7 @@ def attach(
             raise FastsaeError(f"saes: {layer!r} names the same place as another key")
         module, _ = site(model, *place)
         _check_width(model, sae)
-        sites[place] = Site(sae, capacity, _device(module), first_token, dose)
+        sites[place] = Site(sae, capacity, _device(module), first_token, dose, watch)
     if not sites:
         raise FastsaeError("saes: expected at least one {layer: sae}, got none")
     return SteeringHandle(model, sites)

@@ -6,6 +6,7 @@ in which they were attached, whatever else is hooked there.
 
 import contextlib
 import functools
+import time
 import warnings
 from collections.abc import Iterator
 
@@ -75,6 +76,8 @@ class Point:
 
     def _steered(self, residual: Tensor) -> Tensor:
         where = self.tracker.where()
+        timed = self.tracker.observe is not None and not torch.compiler.is_compiling()
+        began = time.perf_counter() if timed else 0.0
         try:
             steered = self._batched(residual, where)
             for site in self.sites:
@@ -86,6 +89,8 @@ class Point:
         except Exception as error:
             self.tracker.failed = error  # a generate_batch only logs what is raised here
             raise
+        if timed:
+            where.seconds += time.perf_counter() - began
         return steered.view(residual.shape)
 
     def _batched(self, residual: Tensor, where: Where) -> Tensor:

@@ -9,6 +9,7 @@ graph. (One exception, once per `generate` that was called without a mask: see `
 import contextlib
 import inspect
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class Where:
         self.shape = None if fed is None else (fed.shape[0], fed.shape[1])
         self.requests = requests
         self.visited: list = []  # the sites that have steered this forward
+        self.seconds = 0.0  # that they took, when somebody wants to know
         self.generation = generation
         self.untold = False
         cache = given.get("past_key_values")
@@ -178,6 +180,7 @@ class Tracker:
         self.generation: Generation | None = None
         self.failed: Exception | None = None  # raised by a hook, perhaps in another thread
         self.requests = None  # of the manager that `generate_batch` uses
+        self.observe: Callable[[float], None] | None = None  # told the seconds of every forward
         self._running: int | None = None  # the thread whose forward is under way
         self._generating: dict[int, Generation] = {}  # by thread
         self._names = tuple(inspect.signature(trunk.forward).parameters)
@@ -200,6 +203,8 @@ class Tracker:
             self._running = None
         if now is None or output is None:
             return
+        if self.observe is not None:
+            self.observe(now.seconds)
         if now.untold and self.generation is not None:
             self.generation.fed += now.tokens
         for point in self.points:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastsae.errors import FastsaeError
 from fastsae.ops.steer import steer
+from fastsae.ops.watch import watch_
 from fastsae.sae import SAE
 from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.membership import StagedPolicy, is_staged
@@ -15,6 +16,11 @@ from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
 from fastsae.steering.trace import Trace
+from fastsae.steering.watch import Watch
+
+# In a packed forward all requests are in one row: where one has NaN keys or values, attention gives
+# NaN to all. Elements of a steered residual up to this square to numbers that later norms can add.
+LARGEST = 1e16
 
 
 class Rows:
@@ -52,8 +58,14 @@ class Site:
         device: torch.device,
         first_token: bool,
         dose: Dose | None = None,
+        watch: bool = False,
     ):
         self.sae, self.dose = sae, dose
+        self.watch: Watch | None = None
+        if watch:
+            self.watch = Watch(sae, policies=capacity.max_policies, device=device)
+        self.also: dict[str, tuple[int, ...]] = {}  # by digest: more features to watch
+        self._watched: list[Policy] = []
         self.trace: Trace | None = None
         self.largest_dose = 0.0
         self.table = PolicyTable(sae, capacity=capacity, device=device)
@@ -64,7 +76,7 @@ class Site:
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
-        self.on_prompt = self.on_generated = None
+        self.on_prompt = self.on_generated = self.watch_slots = None
 
     @property
     def required(self) -> list[Policy]:
@@ -97,6 +109,10 @@ class Site:
                 self._acquired.append(policy)
             slots.append(slot)
         used = [policy for policy in rows.policies if policy is not None]
+        if self.watch is not None:
+            watched = self._acquire_watch({policy.digest: policy for policy in used})
+            each = [0 if policy is None else watched[policy.digest] for policy in rows.policies]
+            self.watch_slots = self._fill(self.watch_slots, each, torch.int32)
         phases = [policy.phase if policy is not None else "all" for policy in rows.policies]
         self.slots = self._fill(self.slots, slots, torch.int32)
         has_policy = [policy is not None for policy in rows.policies]
@@ -119,6 +135,15 @@ class Site:
             self.table.release(self._acquired.pop())
         while self.staged:
             self.staged.pop()[0].release()
+        while self._watched:
+            self.watch.release(self._watched.pop())
+
+    def _acquire_watch(self, used: dict[str, Policy]) -> dict[str, int]:
+        slots = {}
+        for digest, policy in sorted(used.items(), key=lambda each: each[1] not in self.watch):
+            slots[digest] = self.watch.acquire(policy, self.also.get(digest, ()))
+            self._watched.append(policy)
+        return slots
 
     def _fill(self, old: Tensor | None, values, dtype: torch.dtype) -> Tensor | None:
         if values is None:
@@ -134,7 +159,9 @@ class Site:
         self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
         counts, largest = self.counts, self.largest_dose
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
-        self.on_prompt = self.on_generated = None
+        self.on_prompt = self.on_generated = self.watch_slots = None
+        if self.watch is not None:
+            self.watch.move(device)
         self._take(self.rows)
         self.largest_dose = largest
         if counts.device.type != "meta" and device.type != "meta":
@@ -150,19 +177,29 @@ class Site:
         if self.phased:
             chosen = chosen & self._in_phase(residual, rows, where)
         if where.packed:  # a token for a row
+            first = where.positions(residual)[0] == 0
             residual, chosen = residual.transpose(0, 1), chosen.transpose(0, 1)
         batch, tokens = residual.shape[:2]
         strengths = _of(self.strengths, rows).expand(batch, tokens).contiguous()
         chosen = (chosen & _of(self.has_policy, rows)).expand(batch, tokens)
-        self._count(chosen, rows)
         out = residual
         if self.in_table:
             slots = chosen * _of(self.slots, rows)
             out = steer(residual, slots, strengths, self.table.buffers)
         for policy, steered in self.staged:
             out = self._apply_staged(policy, steered, rows, out, chosen, strengths)
+        ran, broken = chosen, None
+        if where.packed:
+            broken = chosen & ~_usable(residual, out)
+            out = torch.where(broken.unsqueeze(-1), residual, out)
+            chosen = chosen & ~broken
+            where.request_of(residual).note(first[0], chosen[:, 0], broken[:, 0])
+        self._count(chosen, rows)
         if self.dose is not None:
-            out = self._within_dose(residual, out)
+            out = self._within_dose(residual, out, chosen)
+        if self.watch is not None:
+            new = out if broken is None else out.masked_fill(broken.unsqueeze(-1), torch.nan)
+            watch_(residual, new, ran * _of(self.watch_slots, rows), self.watch.table)
         return out.transpose(0, 1) if where.packed else out
 
     def _in_phase(self, residual: Tensor, rows, where: Where) -> Tensor:
@@ -185,7 +222,7 @@ class Site:
             given = self.counts.shape[0]
             self.counts.add_(steered.view(given, -1).sum(1, keepdim=True))
 
-    def _within_dose(self, x: Tensor, r: Tensor) -> Tensor:
+    def _within_dose(self, x: Tensor, r: Tensor, chosen: Tensor) -> Tensor:
         if self.dose.action == "clamp":
             return clamp(x, r, self.dose.limit)
         if torch.compiler.is_compiling():
@@ -193,7 +230,9 @@ class Site:
                 f'dose: "{self.dose.action}" looks at every forward, and a compiled graph cannot; '
                 'use Dose(limit, "clamp")'
             )
-        most, before = float(relative_change(x, r).max()), self.largest_dose
+        # Others may hold NaN of the model's own, padding for one.
+        dose = torch.where(chosen, relative_change(x, r), 0.0)
+        most, before = float(dose.max()), self.largest_dose
         self.largest_dose = max(most, before)
         if not most <= self.dose.limit:  # NaN is no dose either
             text = (
@@ -249,6 +288,15 @@ class Site:
         new = policy(part.reshape(-1, part.shape[-1]), strengths[index].reshape(-1))
         part = torch.where(chosen[index].unsqueeze(-1), new.view(part.shape), part)
         return out.index_copy(0, index, part)
+
+
+def _usable(x: Tensor, r: Tensor) -> Tensor:
+    """[...]: tokens whose new residual the rest of the model can compute with.
+
+    max |r_i| ≤ LARGEST and half of what the dtype holds, or no larger than it was; never with NaN.
+    """
+    limit = min(LARGEST, torch.finfo(r.dtype).max / 2)
+    return r.abs().amax(-1) <= x.abs().amax(-1).clamp(min=limit)
 
 
 def _of(per_row: Tensor, rows: "Tensor | int") -> Tensor:

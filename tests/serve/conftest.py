@@ -1,12 +1,16 @@
-"""A server over an engine that is all clockwork: what the HTTP side does, without a model."""
+"""A server over an engine that is all clockwork, and a tiny random model for the real engine."""
 
 import asyncio
 import contextlib
+import copy
 import json
+import logging
 
 import httpx
 import pytest
+import torch
 
+from fastsae import SAE, SAEConfig, attach
 from fastsae.errors import FastsaeError
 from fastsae.serve.app import create_app
 from fastsae.serve.audit import Audit
@@ -15,6 +19,7 @@ from fastsae.serve.seats import EngineError
 from fastsae.serve.state import Settings
 
 END = 3
+D, F, LAYER, NEW = 32, 64, 0, 6
 
 
 class Letters:
@@ -44,6 +49,7 @@ class Clockwork:
         self.tokenizer = Letters()
         self.script, self.beat, self.alive = "hello world", 0.0, False
         self.seen, self.cancelled, self.fail = [], [], None
+        self.numbers, self.forgotten = {}, []
 
     def start(self):
         self.alive = True
@@ -57,6 +63,12 @@ class Clockwork:
 
     def counters(self):
         return {}
+
+    def watched(self):
+        return self.numbers
+
+    def forget(self, entry):
+        self.forgotten.append(entry)
 
     async def run(self, job):
         self.seen.append(job)
@@ -110,6 +122,20 @@ def serving(engine, store, tmp_path):
 
 
 @pytest.fixture
+def logged():
+    """The messages of the server's log, whatever level a uvicorn that ran before has set it to."""
+    messages: list[str] = []
+    handler, log = logging.Handler(), logging.getLogger("uvicorn.error")
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level = log.level
+    log.setLevel(logging.WARNING)
+    log.addHandler(handler)
+    yield messages
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+@pytest.fixture
 def run():
     return asyncio.run
 
@@ -141,3 +167,37 @@ def hang_up():
         await app(scope | {"root_path": ""}, receive, send)
 
     return hang_up
+
+
+@pytest.fixture
+def parts():
+    """A model, its SAE, and a twin of the model that nobody serves."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=D, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, initializer_range=0.15,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    twin = copy.deepcopy(model)  # the one that is served has hooks, and other attention
+    return model, SAE(SAEConfig(D, F, k=8)), twin
+
+
+@pytest.fixture
+def alone(parts):
+    """What `generate` writes, one prompt at a time, with a handle of its own."""
+
+    def alone(prompt, given=None, strength=1.0, new=NEW):
+        model = parts[2]
+        with attach(model, {LAYER: parts[1]}) as handle:
+            handle.set(given, strengths=strength)
+            ids = torch.tensor([prompt])
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False
+            )
+        return out[0, len(prompt) :].tolist()
+
+    return alone

@@ -59,6 +59,63 @@ def test_streams_say_the_same_as_whole_answers(serving, run, route, body):
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
+def test_requests_are_answered_when_no_audit_line_can_be_written(serving, run, logged):
+    async def go():
+        async with serving() as (client, app):
+            app.state.server.audit._file.close()
+            app.state.server.audit._file = open("/dev/full", "ab", buffering=0)
+            app.state.server.audit._path = None
+            answers = [await client.post("/v1/completions", json=ASK) for _ in range(3)]
+            return answers, (await client.get("/metrics")).text
+
+    answers, metrics = run(go())
+    assert [a.status_code for a in answers] == [200] * 3
+    assert answers[0].json()["choices"][0]["text"] == "hello world"
+    assert "fastsae_audit_lost_lines_total 3.0" in metrics
+    assert len(logged) == 1 and logged[0].startswith("audit: cannot write")
+
+
+NUMBERS = {
+    "policy": "shout@1", "tokens": 4, "not_finite": 1, "gate": {"opened": 3, "closed": 1},
+    "features": {1: {"sum": 6.0, "max": 2.5}}, "left_out": [], "dose": {"sum": 1.0, "max": 0.5},
+}  # fmt: skip
+
+
+def test_metrics_of_loaded_policies_and_of_no_others(serving, engine, store, run):
+    digest = store.get("shout").policy.digest
+    engine.numbers = {(12, digest): NUMBERS, (12, "0" * 64): NUMBERS, (3, digest): NUMBERS}
+
+    async def go():
+        async with serving() as (client, _):
+            first = (await client.get("/metrics")).text
+            engine.observe(0.003)
+            other = {"op": "add", "features": [5], "strength": 1.0}
+            put = {"name": "shout", "version": "1", "operations": [other]}
+            await client.put("/fastsae/policies", json=put, headers=ADMIN)
+            replaced = (await client.get("/metrics")).text
+            await client.delete("/fastsae/policies/shout@1", headers=ADMIN)
+            return first, replaced
+
+    first, replaced = run(go())
+    of = 'layer="12",policy="shout@1"'
+    for line in (
+        f"fastsae_watched_tokens_total{{{of}}} 4.0",
+        f"fastsae_not_finite_tokens_total{{{of}}} 1.0",
+        f'fastsae_gate_tokens_total{{gate="opened",{of}}} 3.0',
+        f'fastsae_gate_tokens_total{{gate="closed",{of}}} 1.0',
+        f'fastsae_feature_mean{{feature="1",{of}}} 1.5',
+        f'fastsae_feature_max{{feature="1",{of}}} 2.5',
+        f"fastsae_dose_mean{{{of}}} 0.25",
+        f"fastsae_dose_max{{{of}}} 0.5",
+        "fastsae_audit_lost_lines_total 0.0",
+        "fastsae_steering_seconds_count 0.0",
+    ):
+        assert line in first.splitlines()
+    assert first.count("fastsae_dose_max{") == 1
+    assert "shout" not in replaced and 'le="0.005"} 1.0' in replaced
+    assert [entry.policy.digest == digest for entry in engine.forgotten] == [True, False]
+
+
 def test_several_prompts_and_tokens_as_prompts(serving, engine, run):
     async def go():
         async with serving() as (client, _):

@@ -8,6 +8,7 @@ import torch
 
 from fastsae.errors import FastsaeError
 from fastsae.serve import control
+from fastsae.serve.audit import Audit
 from fastsae.serve.control import LatencyGuard, decide, in_holdout
 from fastsae.serve.policies import Entry, PolicyStore
 from fastsae.serve.sampling import HEAD, Sampling, draw
@@ -171,3 +172,73 @@ def test_names_versions_and_files(tmp_path):
     empty.mkdir()
     with pytest.raises(FastsaeError, match="holds no policy file"):
         store.load(empty, 12)
+
+
+@pytest.mark.parametrize("watch", [5, "12", [1.5], [-1], [True], None])
+def test_what_to_watch_is_a_list_of_features(watch):
+    with pytest.raises(FastsaeError, match="watch: expected a list of features"):
+        entry(watch=watch)
+
+
+# --- the audit ----------------------------------------------------------------------------------
+
+
+def lines(path):
+    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+
+
+def test_an_audit_file_that_is_moved_or_deleted_is_opened_anew(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    audit = Audit(path)
+    audit.record(n=1)
+    path.rename(tmp_path / "old")
+    audit.record(n=2)
+    path.unlink()
+    audit.record(n=3)
+    audit.record(n=4)
+    audit.close()
+    audit.record(n=5)
+    assert lines(tmp_path / "old") == [1] and lines(path) == [3, 4] and audit.lost == 0
+
+
+def test_a_full_disk_is_one_warning_and_a_count(logged):
+    audit = Audit("/dev/full")
+    for n in range(3):
+        audit.record(n=n)
+    assert audit.lost == 3
+    (warning,) = logged
+    assert "audit: cannot write /dev/full: [Errno 28]" in warning
+
+
+def test_a_folder_that_comes_back_is_written_again(tmp_path, logged):
+    path = tmp_path / "logs" / "audit.jsonl"
+    path.parent.mkdir()
+    audit = Audit(path)
+    path.unlink()
+    path.parent.rmdir()
+    audit.record(n=1)
+    audit.record(n=2)
+    path.parent.mkdir()
+    audit.record(n=3)
+    assert lines(path) == [3] and audit.lost == 2 and len(logged) == 1
+
+
+def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path, logged):
+    class Short:
+        def __init__(self, file):
+            self.file, self.room = file, 5
+
+        def write(self, text):
+            room, self.room = self.room, 10**6
+            return self.file.write(text[:room])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    audit = Audit(tmp_path / "audit.jsonl")
+    audit._file = Short(audit._file)
+    audit.record(n=1)
+    audit.record(n=2)
+    cut, whole = (tmp_path / "audit.jsonl").read_text().splitlines()
+    assert len(cut) == 5 and json.loads(whole)["n"] == 2 and audit.lost == 1
+    assert "only 5 of" in logged[0]

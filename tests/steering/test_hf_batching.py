@@ -26,16 +26,18 @@ def rows(batch):
 
 @pytest.fixture
 def run():
-    def run(model, prompts=PROMPTS, **config):
+    def run(model, prompts=PROMPTS, results=None, **config):
         more = {"allow_block_sharing": False, "num_blocks": 16, "page_size": 8} | config
-        results = model.generate_batch(
+        found = model.generate_batch(
             prompts,
             generation_config=transformers.GenerationConfig(
                 max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
             ),
             continuous_batching_config=transformers.ContinuousBatchingConfig(**more),
         )
-        return [result.generated_tokens for result in results.values()]
+        if results is not None:
+            results.update(found)
+        return [result.generated_tokens for result in found.values()]
 
     return run
 
@@ -105,6 +107,31 @@ def test_requests_are_known_by_their_ids(model, sae, alone, rows):
                 if (result := manager.get_result(timeout=5)) is not None:
                     got[result.request_id] = result.generated_tokens
     assert [got[name] for name in names] == want
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strength", [1e17, 1e25, 3e38])
+def test_numbers_that_are_none_stay_with_their_request(model, sae, run, rows, strength, kind):
+    """All requests share one row: NaN keys or values of one would be NaN for all."""
+    model = model.to(kind)
+    huge = Policy([add([1, 2], strength)] * 2)
+    crowd = [rows[0], huge, None, rows[2]]
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2], PROMPTS[3]]
+    with attach(model, {LAYER: sae}, watch=True) as handle:
+        handle.set([rows[0], None, None, rows[2]])
+        want = run(model, prompts)
+        results = {}
+        handle.set(crowd)
+        got = run(model, prompts, results=results)
+        assert got == [want[0], [], want[2], want[3]]
+        errors = [result.error for result in results.values()]
+        assert [error is None for error in errors] == [True, False, True, True]
+        assert errors[1].startswith("steering: a token's residual came out not finite")
+        numbers = handle.watched()["layers.0.output"]
+        assert numbers[huge.digest]["not_finite"] > 0 == numbers[huge.digest]["tokens"]
+        assert handle.counts()["layers.0.output"][1] == 0
+        handle.set([rows[0], None, None, rows[2]])
+        assert run(model, prompts) == want  # the name failed once, its next bearer has not
 
 
 @pytest.mark.parametrize("how", ["policies", "strengths", "phase"])

@@ -24,6 +24,20 @@ CALM = Policy(add(1, 2.0), name="calm", required=True)
 # --- required policies ---------------------------------------------------------------------------
 
 
+def test_a_dose_that_is_no_number_is_refused(llama, sae, logits, monkeypatch):
+    def broken(x, slots, strengths, table):
+        return torch.full_like(x, float("nan"))
+
+    monkeypatch.setattr("fastsae.steering.site.steer", broken)
+    with steer(llama, sae, CALM, layer=LAYER, dose=Dose(0.5, "refuse")):
+        with pytest.raises(FastsaeError, match="moved a token by nan times"):
+            logits(llama)
+    x = torch.ones(3, 4)
+    r = torch.stack([x[0], x[1] * float("nan"), x[2] * 3])
+    assert relative_change(x, r).isnan().tolist() == [False, True, False]
+    assert relative_change(x, r)[[0, 2]].tolist() == [0.0, 2.0]
+
+
 def test_a_required_policy_that_no_forward_reaches_stops_the_forward(build, sae, logits, batch):
     model = build("llama")
     model.config.num_hidden_layers = 1  # LlamaModel then never calls its second layer
