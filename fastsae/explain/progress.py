@@ -35,7 +35,9 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif self.on and (self.at >= self.total or time.monotonic() - self._shown >= _SECONDS):
+            return
+        done = self.at >= self.total * (1 - 1e-9)  # sums of fractions end just below the total
+        if self.on and (done or time.monotonic() - self._shown >= _SECONDS):
             self._shown = time.monotonic()
             line = f"{self.title}: {self.at:,.0f} of {self.total:,.0f} {self.unit}, {self.left()}"
             print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)
