@@ -6,6 +6,7 @@ Kept beside the explanations as NAME.examples.jsonl: a header line, then a line 
 import json
 import math
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from fastsae.explain.activations import _batches, _Best, _chosen
 from fastsae.explain.explanations import identity_of
 from fastsae.explain.progress import Progress
 from fastsae.explain.storage import replacing
+from fastsae.explain.terms import TermIndex
 
 FORMAT = "fastsae-examples"
 VERSION = 1
 BINS_PER_OCTAVE = 2
-_TEXT = re.compile(r'"text": ?"((?:[^"\\]|\\.)*)"')
+_TEXT = re.compile(r'"text": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 _LOWEST, _BINS = -40, 96  # histogram from 2^-20 to 2^28; what lies outside is in the outer bins
 
 
@@ -64,10 +66,7 @@ class Examples:
             self._starts.append(at)
             at = text.find("\n", at) + 1
         self._row = {feature: i for i, feature in enumerate(self.features)}
-        # For `find`: the texts in lower case, where each begins, and the row it belongs to.
-        self._lower: str | None = None
-        self._pieces: list[int] = []
-        self._rows: list[int] = []
+        self._index: tuple[TermIndex, array, array] | None = None
 
     def __contains__(self, feature: int) -> bool:
         return feature in self._row
@@ -85,39 +84,33 @@ class Examples:
 
     def find(self, words: Sequence[str], limit: int) -> list[int]:
         """Up to `limit` features with an example that holds all words, in file order; any case."""
-        words = [word.lower() for word in words]
-        longest, found, at = max(words, key=len), [], 0
-        lower = self.index()._lower
-        while len(found) < limit and (at := lower.find(longest, at)) >= 0:
-            end = at + len(longest)
-            if _inside_word(lower, at) or lower[end].isalnum():
-                at = end
-                continue
-            piece = bisect_right(self._pieces, at) - 1
-            row = self._rows[piece]
-            text = lower[self._pieces[piece] : lower.index("\n", at)]
-            if all(word in text for word in words) and (
-                any(
-                    all(_holds(e.text, w) for w in words) for e in self[self.features[row]].examples
-                )
-            ):
-                found.append(self.features[row])
-                piece = bisect_right(self._rows, row)  # the next feature's first
-                end = self._pieces[piece] if piece < len(self._pieces) else len(lower)
-            at = end
-        return found
+        terms, rows, _ = self.index()
+        found: dict[int, None] = {}
+        for piece in terms.of(words, self._piece):
+            found[self.features[rows[piece]]] = None
+            if len(found) == limit:
+                break
+        return list(found)
 
-    def index(self) -> "Examples":
-        """Makes the first `find` as fast as the others; returns itself."""
-        if self._lower is None:
-            parts, self._pieces, self._rows, length = [], [], [], 0
-            for match in _TEXT.finditer(self._text):
-                self._pieces.append(length)
-                self._rows.append(bisect_right(self._starts, match.start()) - 1)
-                parts.append(match[1].lower())
-                length += len(parts[-1]) + 1
-            self._lower = "\n".join(parts) + "\n"
-        return self
+    def index(self) -> tuple[TermIndex, array, array]:
+        """What `find` reads, made once: the examples' words, their rows, where their texts begin.
+
+        Takes seconds for hundreds of thousands of examples.
+        """
+        if self._index is None:
+            rows, starts = array("i"), array("q")
+
+            def texts() -> Iterator[str]:
+                for match in _TEXT.finditer(self._text):
+                    rows.append(bisect_right(self._starts, match.start()) - 1)
+                    starts.append(match.start())
+                    yield _unescaped(match)
+
+            self._index = (TermIndex(texts()), rows, starts)
+        return self._index
+
+    def _piece(self, number: int) -> str:
+        return _unescaped(_TEXT.match(self._text, self.index()[2][number]))
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
@@ -245,22 +238,12 @@ def _pieces(tokenizer, ids: list[int]) -> list[str]:
     return out
 
 
+def _unescaped(match: re.Match) -> str:
+    text = match[1]
+    return json.loads(f'"{text}"') if "\\" in text else text
+
+
 def _cut(entry: dict) -> Iterator[tuple]:
     starts = [0, *entry["ends"][:-1]]
     yield tuple(entry["text"][a:b] for a, b in zip(starts, entry["ends"], strict=True))
     yield tuple(entry["values"])
-
-
-def _inside_word(text: str, at: int) -> bool:
-    """Whether a letter stands before `at`; one that belongs to a JSON escape is none."""
-    escaped = text[max(0, at - 2) : at].startswith("\\") or "\\u" in text[max(0, at - 6) : at]
-    return at > 0 and text[at - 1].isalnum() and not escaped
-
-
-def _holds(text: str, word: str) -> bool:
-    text, at = text.lower(), -1
-    while (at := text.find(word, at + 1)) >= 0:
-        end = at + len(word)
-        if not (text[max(0, at - 1) : at].isalnum() or text[end : end + 1].isalnum()):
-            return True
-    return False
