@@ -44,6 +44,13 @@ def add_explain(commands) -> None:
     )
     parser.add_argument("--top", type=int, default=20, help="words kept per feature (default 20)")
     parser.add_argument("--features", type=int, nargs="+", help="print these features")
+    parser.add_argument(
+        "--ngrams",
+        type=int,
+        default=0,
+        metavar="TEXTS",
+        help="print the n-grams of so many best texts of --text, for the features printed",
+    )
     example_arguments(parser)
     model_arguments(parser)
 
@@ -62,6 +69,8 @@ def _run_explain(args) -> None:
         raise FastsaeError("counts: --text, --window and --save-counts make counts; leave them out")
     if not (args.text and from_texts) and (args.window is not None or args.save_counts):
         raise FastsaeError("text: --window and --save-counts need --text and corpus-mi")
+    if args.ngrams and not args.text:
+        raise FastsaeError("ngrams: --ngrams finds them in texts; give --text")
     if from_texts and args.shards:
         raise FastsaeError("shards: corpus-mi counts in texts and has none; leave --shards out")
     counts = None
@@ -107,11 +116,24 @@ def _run_explain(args) -> None:
         {"feature": f, "words": explanations.words(f), "scores": explanations.scores_of(f)}
         for f in shown
     ]
+    if args.ngrams:
+        found = _ngrams(args, sae, model, tokenizer, list(shown))
+        for row in rows:
+            row["ngrams"] = [g._asdict() | {"text": str(g)} for g in found[row["feature"]]]
     if args.json:
         print_json(rows)
         return
     for row in rows:
         print(f"{row['feature']:7}  {', '.join(row['words'])}")
+        if row.get("ngrams"):
+            print(f"{'':7}  n-grams: {' | '.join(g['text'].strip() for g in row['ngrams'])}")
+
+
+def _ngrams(args, sae, model, tokenizer, features: list[int]):
+    from fastsae.data import texts
+    from fastsae.explain import ngrams
+
+    return ngrams(sae, model, tokenizer, texts(args.text), features, n=args.ngrams)
 
 
 def _counts(args, sae, model, tokenizer, vocab):
