@@ -14,7 +14,7 @@ from fastsae.data import layer_activations
 from fastsae.errors import FastsaeError
 from fastsae.explain.activations import _batches, _Best, _chosen, _place
 from fastsae.explain.corpus import _WORD
-from fastsae.explain.examples import _pieces
+from fastsae.explain.examples import _Pieces
 from fastsae.explain.vocabulary import Vocabulary
 from fastsae.models import model_device
 
@@ -113,7 +113,7 @@ def ngram_scores(
     """
     out = torch.full((len(rows), len(vocab)), -torch.inf)
     prune, position = _Pruner(sae, model, tokenizer, None, keep, substitutes), vocab._position
-    was_training = model.training
+    pieces, was_training = _Pieces(tokenizer), model.training
     model.eval()
     try:
         for row, feature in enumerate(rows.tolist()):
@@ -127,7 +127,7 @@ def ngram_scores(
                     len(ids) - length + at for at, any_ in enumerate([*free, False]) if not any_
                 ]
                 after = [t for t in window[best.context + 1 :] if t >= 0]
-                for word, last in _words_at(_pieces(tokenizer, ids + after), kept):
+                for word, last in _words_at(pieces(ids + after), kept):
                     v = position.get(word, position.get(word.lower(), -1))
                     if v >= 0:
                         gain = value if last else value / 2
