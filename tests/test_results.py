@@ -208,7 +208,7 @@ BROWSER = next(
 )
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no headless browser (chromium) on this machine")
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser: apt-get install chromium")
 def test_the_page_in_a_browser(ex, examples, labels, tmp_path):
     parts = {"examples": examples, "labels": labels, "annotations": annotate_by_lexicon(ex)}
     page = write_html(ex, tmp_path / "p.html", **parts)
