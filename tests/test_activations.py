@@ -6,7 +6,15 @@ import torch
 import fastsae
 from fastsae.errors import FastsaeError
 from fastsae.explain import activation_values, top_activations
-from fastsae.explain.examples import Examples, collect_examples
+from fastsae.explain.corpus import corpus_counts
+from fastsae.explain.examples import (
+    Examples,
+    _Pieces,
+    _pieces,
+    collect_examples,
+    counts_and_examples,
+)
+from fastsae.explain.vocabulary import Vocabulary
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -264,6 +272,40 @@ def test_examples_hold_the_places_the_text_and_every_activation(sae, model, toke
         assert known.active == values[f].active == sum(known.counts)
         for low, high, n in zip(known.edges, known.edges[1:], known.counts, strict=False):
             assert n == int(((values[f].values >= low) & (values[f].values < high)).sum())
+
+
+def test_pieces_with_a_memory_are_those_without(tokenizer):
+    fast, seen = _Pieces(tokenizer), 0
+    for text in [*TEXTS, "<s>", "", "a <s>b", "☕" * 3, "\ufffd bank"]:
+        ids = tokenizer(text)["input_ids"]
+        for start in range(len(ids)):
+            for end in (start, start + 1, start + 4, len(ids)):
+                part = ids[start:end]
+                assert fast(part) == _pieces(tokenizer, part), (text, start, end)
+                seen += len(part)
+    assert seen > 1000 and len(fast._behind) > 20
+
+
+def test_counts_and_examples_of_one_pass_are_those_of_two(sae, model, tokenizer, monkeypatch):
+    vocab, passes = Vocabulary(("music", "song", "bank")), []
+    windows = ("word", 4)
+    examples = collect_examples(sae, model, tokenizer, TEXTS)
+    counts = corpus_counts(sae, model, tokenizer, TEXTS, vocab, windows)
+    forward = type(model).forward
+
+    def counted(self, *arguments, **options):
+        passes.append(1)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    both, found = counts_and_examples(sae, model, tokenizer, TEXTS, vocab, windows)
+    assert len(passes) == -(-len(TEXTS) // 8)
+    assert found._text == examples._text and found.header == examples.header
+    for window in windows:
+        for name in ("keys", "joint", "word", "feature"):
+            assert torch.equal(getattr(both[window], name), getattr(counts[window], name))
+    with pytest.raises(FastsaeError, match="n: got 0"):
+        counts_and_examples(sae, model, tokenizer, TEXTS, vocab, n=0)
 
 
 def test_examples_files_and_words(sae, model, tokenizer, tmp_path):

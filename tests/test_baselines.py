@@ -5,8 +5,9 @@ import torch
 
 import fastsae
 from fastsae.errors import FastsaeError
-from fastsae.explain import top_activations
-from fastsae.explain.baselines import ANY, _Pruner, ngrams
+from fastsae.explain import Vocabulary, top_activations
+from fastsae.explain.activations import _batches, _Best
+from fastsae.explain.baselines import ANY, _Pruner, _words_at, ngram_scores, ngrams
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -124,6 +125,37 @@ def test_any_is_a_place_whose_substitutes_keep_the_activation(sae, model, tokeni
                     assert free == all(v >= floor for v in values)
                     seen[free] += 1
     assert min(seen.values()) > 3, seen
+
+
+def test_words_of_ngrams_are_those_of_the_pruned_texts(sae, model, tokenizer):
+    vocab, n, context = Vocabulary(WORDS), 3, 5
+    best = _Best(F, n, context)
+    for batch in _batches(sae, model, tokenizer, TEXTS, list(range(F)), None, 2, 64):
+        best.merge(batch)
+    rows = torch.tensor([7, 2, 11, 3])
+    found = ngram_scores(sae, model, tokenizer, best, vocab, rows, n)
+    earlier = 0
+    for row, f in enumerate(rows.tolist()):
+        expected = torch.full((len(WORDS),), -torch.inf)
+        for gram in ngrams(sae, model, tokenizer, TEXTS, [f], n=n, longest=context + 1)[f]:
+            assert gram.found == 1  # else its value is the largest of several texts'
+            names = [t.strip() for t in gram.tokens]
+            # A word twice in an n-gram counts once as the last, and once as an earlier one.
+            gains = {(name, False): 0.5 for name in names[:-1] if name != ANY}
+            for (name, _), share in (gains | {(names[-1], True): 1.0}).items():
+                v = WORDS.index(name)
+                expected[v] = expected[v].clamp(min=0) + share * gram.value
+            earlier += len(gains)
+        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=0)
+    assert earlier > 2
+
+
+def test_a_word_counts_whole_where_the_ngram_has_one_of_its_pieces():
+    pieces = ["un", "like", "ly", " mu", "sic", " of", " the", "ir"]
+    assert list(_words_at(pieces, [2, 3])) == [("unlikely", False), ("music", True)]
+    assert list(_words_at(pieces, [6])) == [("their", True)]
+    assert list(_words_at(["the", " the"], [0, 1])) == [("the", False), ("the", True)]
+    assert list(_words_at(["", "...", "7"], [1, 2])) == []
 
 
 @pytest.mark.parametrize(

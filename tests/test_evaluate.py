@@ -231,6 +231,15 @@ def test_planted_features_are_found_and_the_published_ranking_fails(result):
     assert result["methods"]["logit"]["discourse_precision"]["n"] == 0
 
 
+def test_ngrams_are_a_baseline(sae, model, tokenizer):
+    found = evaluate(sae, model, tokenizer, Vocabulary(WORDS), FIT, HELD, top=1, window=8, ngrams=2)
+    # Feature f fires on word f whatever stands before it.
+    assert found["methods"]["n-grams"]["precision"]["mean"] == 1
+    assert found["settings"]["ngrams"] == 2
+    with pytest.raises(FastsaeError, match="ngrams: got 21, accepted is an integer"):
+        evaluate(sae, model, tokenizer, Vocabulary(WORDS), FIT, HELD, top=1, ngrams=21)
+
+
 def test_the_result_is_plain_json_and_repeats(result, sae, model, tokenizer):
     text = json.dumps(result, allow_nan=False)
     again = evaluate(sae, model, tokenizer, Vocabulary(WORDS), FIT, HELD, top=1, window=8)
@@ -302,6 +311,14 @@ def test_the_commands_from_lens_to_evaluation(folder, capsys):
     assert Explanations.load(out).made_with["lens"]["hook"] == "layers.0.input"
     capsys.readouterr()
 
+    argv = ["explain", sae, "--text", fit, "--features", "3", "--ngrams", "2", *words, *common]
+    assert main(argv) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("      3  wd, ") and second == "         n-grams: ▁wd"
+    assert main([*argv, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["ngrams"][0]["text"] == "▁wd" and row["ngrams"][0]["found"] == 2
+
     counts = str(folder / "counts.st")
     argv = ["explain", sae, "--text", fit, "--window", "8", "--save-counts", counts, "--json"]
     assert main([*argv, *words, *common]) == 0
@@ -313,14 +330,15 @@ def test_the_commands_from_lens_to_evaluation(folder, capsys):
     results = [str(folder / f"eval.{kind}") for kind in ("json", "svg", "md")]
     argv = ["eval", "explanations", sae, "--text", fit, "--held-out-text",
             str(folder / "held.jsonl"), "--lens", lens, "--explanations", f"mine={out}",
-            "--top", "1", "--window", "8", "--output", results[0], "--plot", results[1],
-            "--markdown", results[2], *words, *common]  # fmt: skip
+            "--top", "1", "--window", "8", "--ngrams", "1", "--output", results[0],
+            "--plot", results[1], "--markdown", results[2], *words, *common]  # fmt: skip
     assert main(argv) == 0
     assert "best: logit" in capsys.readouterr().out
     record = json.loads((folder / "eval.json").read_text())
     assert record["command"].startswith("fastsae eval explanations ")
     measured = record["results"][0]
     assert measured["methods"]["mine"]["precision"]["mean"] == 1
+    assert measured["methods"]["n-grams"]["precision"]["mean"] == 1
     assert measured["sae"]["hook"] == "layers.0.input" and "logit + lens" in measured["methods"]
     ET.parse(folder / "eval.svg")
     assert "| chance |" in (folder / "eval.md").read_text()
@@ -329,6 +347,7 @@ def test_the_commands_from_lens_to_evaluation(folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (["explain", "s", "--ngrams", "2"], "ngrams: --ngrams finds them in texts; give --text"),
         (["eval", "explanations", "s", "--text", "/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval", "explanations", "s", "--text", "{fit}", "--held-out-text", "{fit}"],
          "20 of its texts are in --text too"),

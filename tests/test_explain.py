@@ -1,6 +1,8 @@
 """explain() against a dense float64 oracle, and its errors."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +249,27 @@ def test_explain_refuses_decoders_outside_the_residual_stream(model, tokenizer):
     config = fastsae.SAEConfig(D, 8, k=2, hook_name="blocks.1.attn.hook_z")
     with pytest.raises(FastsaeError, match="inside an attention head"):
         explain(fastsae.SAE(config), model, tokenizer, WORDS)
+
+
+def test_public_names_are_there_and_the_rest_is_imported_when_asked_for():
+    code = """
+import sys, fastsae
+import fastsae.explain
+later = {"annotate", "chat", "export", "finder", "labels", "report", "sharded"}
+assert not [m for m in later if f"fastsae.explain.{m}" in sys.modules]
+package = sys.modules["fastsae.explain"]
+names = package.__all__
+assert len(set(names)) == len(names) and set(names) <= set(dir(package))
+from fastsae.explain import *
+from fastsae.explain import Finder, explain_sharded, label_features, write_html
+assert Finder.__module__ == "fastsae.explain.finder"
+assert callable(fastsae.explain) and callable(explain)
+try:
+    package.nothing
+except AttributeError as error:
+    assert "no attribute 'nothing'" in str(error)
+else:
+    raise SystemExit("a name that does not exist was found")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

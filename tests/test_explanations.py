@@ -1,5 +1,6 @@
 """Search, files and errors of Explanations, on numbers small enough to check by hand."""
 
+import itertools
 import json
 import math
 
@@ -71,6 +72,55 @@ def test_search_counts_an_absent_word_as_unrelated_and_never_above_the_last_kept
     assert ex.search("music", top=1) == _approx([(0, -0.1)]), "one word: its own score"
     paper = dict(_explanations("paper", scores=[[-0.1, -0.2]] * 6).search("music guitar"))
     assert paper[0] == pytest.approx(-0.1 - max(0.2, math.log(6) / 5))
+
+
+@pytest.mark.parametrize("objective", ["pmi", "mi"])
+def test_search_finds_what_a_look_at_every_feature_finds(objective):
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(-9, 9, (300, 5), generator=generator).float() / 8  # many ties
+    scores = scores.sort(1, descending=True).values
+    rows = [torch.randperm(40, generator=generator)[:5] for _ in range(300)]
+    vocab = Vocabulary([f"w{i}" for i in range(41)])  # no feature keeps the last word
+    ex = Explanations(
+        scores,
+        torch.stack(rows).int(),
+        vocab,
+        objective,
+        1.0,
+        "m",
+        SAEIdentity("l", "m", "topk", 4, 300, "a"),
+    )
+    neutral = -math.log(300) if objective == "pmi" else 0.0
+    for query in (["w3"], ["w3", "w7", "w40"], ["w1", "w2", "w5"], ["w40"]):
+        words = [vocab.index(word) for word in query]
+        for aggregate, match in itertools.product(("sum", "mean", "max", "count"), ("any", "all")):
+            expected = []
+            for f in range(300):
+                own = dict(zip(ex.indices[f].tolist(), scores[f].double().tolist(), strict=True))
+                absent = min(neutral, float(scores[f, -1]))
+                values = [own.get(w, absent) for w in words]
+                kept = sum(w in own for w in words)
+                if kept >= (1 if match == "any" else len(words)):
+                    total = {"mean": sum(values) / len(values), "max": max(values), "count": kept}
+                    value = total.get(aggregate, sum(values))
+                    expected.append((f, value, sum(values)))
+            order = sorted(
+                expected, key=lambda e: (-e[1], -e[2] if aggregate == "count" else 0, e[0])
+            )
+            found = ex.search(query, 300, aggregate=aggregate, match=match)
+            assert sorted(f for f, _ in found) == [f for f, _, _ in expected]
+            # Values in eighths are summed exactly, but log F is not.
+            wanted = [e[1] for e in order]
+            assert [v for _, v in found] == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+            if objective == "mi" and aggregate != "mean":
+                assert [f for f, _ in found] == [e[0] for e in order]
+
+
+def test_a_word_that_a_file_lists_twice_for_a_feature_counts_once():
+    ex = _explanations()
+    ex.indices[0, 1] = 0
+    assert ex.search("music")[0] == (0, pytest.approx(0.9))
+    assert len(ex.search("music")) == 4 and ex.search("music song", match="all")[0][0] == 1
 
 
 def test_search_filters_by_how_features_fire():

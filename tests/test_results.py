@@ -208,18 +208,19 @@ BROWSER = next(
 )
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no headless browser (chromium) on this machine")
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser: apt-get install chromium")
 def test_the_page_in_a_browser(ex, examples, labels, tmp_path):
     parts = {"examples": examples, "labels": labels, "annotations": annotate_by_lexicon(ex)}
     page = write_html(ex, tmp_path / "p.html", **parts)
 
-    def dom(query):
+    def dom(query, page=page):
         done = subprocess.run(
             [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
-             f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{page}#{query}"],
+             "--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", "--dump-dom",
+             f"file://{page}#{query}"],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and ":CONSOLE" not in done.stderr, done.stderr
         assert "<title>fastsae explanations</title>" in done.stdout
         return done.stdout.split('<main id="list">')[1].split("</main>")[0], done.stdout
 
@@ -235,3 +236,28 @@ def test_the_page_in_a_browser(ex, examples, labels, tmp_path):
     assert re.findall(r"<h2>(\d)", dom("opera")[0]) == ["1", "3"]
     assert re.findall(r"<h2>(\d)", dom("s1")[0]) == ["3"]
     assert ">0 features</div>" in dom("nothing")[1]
+
+    # A person types, and asks for more.
+    typed = tmp_path / "typed.html"
+    acts = """<script>
+const box = document.getElementById("query"); box.value = "guitar";
+box.dispatchEvent(new Event("input", {bubbles: true}));</script></body>"""
+    typed.write_text(page.read_text().replace("</body>", acts))
+    cards, whole = dom("", typed)
+    assert re.findall(r"<h2>(\d)", cards) == ["0", "1"] and ">2 features</div>" in whole
+    ex = _of_size(ex, 60)
+    write_html(ex, typed)
+    assert dom("", typed)[0].count("<article>") == 25
+    acts = '<script>document.getElementById("more").click()</script></body>'
+    typed.write_text(typed.read_text().replace("</body>", acts))
+    assert dom("", typed)[0].count("<article>") == 50
+    broken = page.read_text().replace("search();\n</script>", "search(); nothing();\n</script>")
+    typed.write_text(broken)
+    with pytest.raises(AssertionError, match="nothing is not defined"):
+        dom("", typed)
+
+
+def _of_size(ex, count):
+    rows = torch.arange(count) % len(ex)
+    identity = ex.sae._replace(d_sae=count)
+    return Explanations(ex.scores[rows], ex.indices[rows], ex.vocab, "mi", 1.0, "m", identity)

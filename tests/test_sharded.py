@@ -184,6 +184,19 @@ def test_progress_estimates_from_new_work_only(monkeypatch, capsys):
     assert capsys.readouterr().err == "explain: 60 of 100 steps, 0:01:20 left\n"
 
 
+def test_progress_of_an_unknown_size_and_of_fractions(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    with progress_module.Progress("examples", math.inf, "texts") as bar:
+        clock[0] = 20.0
+        bar.add(10)
+    with progress_module.Progress("explain", 0.3, "steps") as bar:
+        for _ in range(3):
+            bar.add(0.1 - 1e-17)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "examples: 10 of ? texts, ? left" and "0 of 0 steps" in lines[1]
+
+
 def test_the_plan_is_json(sample, tmp_path):
     _run(sample, tmp_path)
     plan = json.loads((tmp_path / sharded.PLAN).read_text())

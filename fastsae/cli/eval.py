@@ -54,6 +54,13 @@ def add_eval(commands) -> None:
     parser.add_argument("--features", type=int, default=1024, help="features measured")
     parser.add_argument("--output-features", type=int, default=128, help="of them, output side")
     parser.add_argument("--strength", type=float, default=4.0, help="of the added feature, in σ")
+    parser.add_argument(
+        "--ngrams",
+        type=int,
+        default=0,
+        metavar="TEXTS",
+        help="measure n-grams too, of so many of a feature's best texts (0..20, default 0: slow)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="write the results here (JSON)")
     parser.add_argument("--plot", help="write the plot here (.svg)")
@@ -99,7 +106,8 @@ def _run_eval(args) -> None:
         found = evaluate(
             sae, model, tokenizer, vocab, fit, held, lens=lenses.get(resolve_hook(hook)),
             explanations=given, window=args.window, top=args.top, features=args.features,
-            output_features=args.output_features, strength=args.strength, seed=args.seed,
+            output_features=args.output_features, strength=args.strength,
+            ngrams=args.ngrams, seed=args.seed,
             say=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
         )  # fmt: skip
         about = {"path": Path(path).name, "hook": hook, "d_sae": sae.config.d_sae}

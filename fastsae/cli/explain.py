@@ -44,6 +44,13 @@ def add_explain(commands) -> None:
     )
     parser.add_argument("--top", type=int, default=20, help="words kept per feature (default 20)")
     parser.add_argument("--features", type=int, nargs="+", help="print these features")
+    parser.add_argument(
+        "--ngrams",
+        type=int,
+        default=0,
+        metavar="TEXTS",
+        help="print the n-grams of so many best texts of --text, for the features printed",
+    )
     example_arguments(parser)
     model_arguments(parser)
 
@@ -62,9 +69,11 @@ def _run_explain(args) -> None:
         raise FastsaeError("counts: --text, --window and --save-counts make counts; leave them out")
     if not (args.text and from_texts) and (args.window is not None or args.save_counts):
         raise FastsaeError("text: --window and --save-counts need --text and corpus-mi")
+    if args.ngrams and not args.text:
+        raise FastsaeError("ngrams: --ngrams finds them in texts; give --text")
     if from_texts and args.shards:
         raise FastsaeError("shards: corpus-mi counts in texts and has none; leave --shards out")
-    counts = None
+    counts = examples = None
     if args.counts:
         counts = CorpusCounts.merge([CorpusCounts.load(path) for path in args.counts])
     vocab = vocabulary(args) if counts is None else counts.vocab
@@ -73,7 +82,7 @@ def _run_explain(args) -> None:
     model, tokenizer = load_model(args)
     sae = sae.to(args.device)
     if from_texts and args.text:
-        counts = _counts(args, sae, model, tokenizer, vocab)
+        counts, examples = _counts(args, sae, model, tokenizer, vocab)
     how = {"temperature": temperature, "counts": counts, "lens": lens}
     if args.shards:
         from fastsae.explain.sharded import explain_sharded
@@ -101,29 +110,48 @@ def _run_explain(args) -> None:
     if args.output:
         saved = explanations.save(args.output)
         print(f"saved {saved}", file=sys.stderr)
-    after_explain(args, explanations, sae, model, tokenizer)
+    after_explain(args, explanations, sae, model, tokenizer, examples)
     shown = args.features if args.features is not None else range(min(10, sae.config.d_sae))
     rows = [
         {"feature": f, "words": explanations.words(f), "scores": explanations.scores_of(f)}
         for f in shown
     ]
+    if args.ngrams:
+        found = _ngrams(args, sae, model, tokenizer, list(shown))
+        for row in rows:
+            row["ngrams"] = [g._asdict() | {"text": str(g)} for g in found[row["feature"]]]
     if args.json:
         print_json(rows)
         return
     for row in rows:
         print(f"{row['feature']:7}  {', '.join(row['words'])}")
+        if row.get("ngrams"):
+            print(f"{'':7}  n-grams: {' | '.join(g['text'].strip() for g in row['ngrams'])}")
+
+
+def _ngrams(args, sae, model, tokenizer, features: list[int]):
+    from fastsae.data import texts
+    from fastsae.explain import ngrams
+
+    return ngrams(sae, model, tokenizer, texts(args.text), features, n=args.ngrams)
 
 
 def _counts(args, sae, model, tokenizer, vocab):
+    """Counts of the texts and, where a file of them is wanted, examples by the same pass."""
     from fastsae.data import texts
-    from fastsae.explain import corpus_counts
+    from fastsae.explain import corpus_counts, counts_and_examples
 
-    window = args.window or "word"
-    counts = corpus_counts(sae, model, tokenizer, texts(args.text), vocab, (window,))[window]
+    window, found = args.window or "word", list(texts(args.text))
+    given, examples = (sae, model, tokenizer, found, vocab, (window,)), None
+    if args.output or args.html:
+        counts, examples = counts_and_examples(*given, n=args.examples, progress=True)
+    else:
+        counts = corpus_counts(*given)
+    counts = counts[window]
     print(f"counted {counts.passages:,} passages of {counts.tokens:,} tokens", file=sys.stderr)
     if args.save_counts:
         print(f"saved {counts.save(args.save_counts)}", file=sys.stderr)
-    return counts
+    return counts, examples
 
 
 def _temperature(text: str) -> float | str:

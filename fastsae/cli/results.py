@@ -116,17 +116,17 @@ def example_arguments(parser) -> None:
     parser.add_argument("--shard", type=int, default=2048, help="features per shard (default 2048)")
 
 
-def after_explain(args, explanations, sae, model, tokenizer) -> None:
-    """Examples and the page of `fastsae explain`."""
-    examples = None
+def after_explain(args, explanations, sae, model, tokenizer, examples=None) -> None:
+    """Examples (collected here where counting the texts has not) and the page."""
     if args.text and (args.output or args.html):
         from fastsae.data import texts
-        from fastsae.explain.examples import collect_examples
+        from fastsae.explain import collect_examples
         from fastsae.explain.finder import companion
 
-        examples = collect_examples(
-            sae, model, tokenizer, list(texts(args.text)), n=args.examples, progress=True
-        )
+        if examples is None:
+            examples = collect_examples(
+                sae, model, tokenizer, list(texts(args.text)), n=args.examples, progress=True
+            )
         if args.output:
             saved = examples.save(companion(args.output, "examples.jsonl"))
             print(f"saved {saved}", file=sys.stderr)

@@ -4,6 +4,7 @@ The other baselines are `top_activations`, and `explain` with objective "logit" 
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from fastsae.data import layer_activations
 from fastsae.errors import FastsaeError
 from fastsae.explain.activations import _batches, _Best, _chosen, _place
+from fastsae.explain.corpus import _WORD
+from fastsae.explain.examples import _Pieces
+from fastsae.explain.vocabulary import Vocabulary
 from fastsae.models import model_device
 
 ANY = "·"  # a place where any token will do
@@ -95,6 +99,56 @@ def _of_feature(prune: "_Pruner", feature: int, best: _Best, slot: int, longest:
     return sorted(merged.values(), key=lambda g: (-g.found, -g.value))
 
 
+@torch.no_grad()
+def ngram_scores(
+    sae, model, tokenizer, best: _Best, vocab: Vocabulary, rows: Tensor, n: int,
+    *, keep: float = 0.5, substitutes: int = 4,
+) -> Tensor:  # fmt: skip
+    """The words that the n-grams of a feature's n best places are made of: [S, V] float32.
+
+    score(f, v) = Σ over the places of the activation on the n-gram alone, halved where v is one of
+    its earlier words and not the one that the feature fires on; −∞ where no n-gram has v. A word of
+    which the n-gram has a token counts. best: the places of all features, in order; rows [S]:
+    features; other arguments as in `ngrams`.
+    """
+    out = torch.full((len(rows), len(vocab)), -torch.inf)
+    prune, position = _Pruner(sae, model, tokenizer, None, keep, substitutes), vocab._position
+    pieces, was_training = _Pieces(tokenizer), model.training
+    model.eval()
+    try:
+        for row, feature in enumerate(rows.tolist()):
+            for i in range(min(n, int((best.values[feature] > 0).sum()))):
+                window = best.windows[feature, i].tolist()
+                ids = [t for t in window[: best.context + 1] if t >= 0 and t not in prune.special]
+                if not ids:
+                    continue  # it fires on a special token
+                length, free, value = prune.pruned(feature, ids, float(best.values[feature, i]))
+                kept = [
+                    len(ids) - length + at for at, any_ in enumerate([*free, False]) if not any_
+                ]
+                after = [t for t in window[best.context + 1 :] if t >= 0]
+                for word, last in _words_at(pieces(ids + after), kept):
+                    v = position.get(word, position.get(word.lower(), -1))
+                    if v >= 0:
+                        gain = value if last else value / 2
+                        out[row, v] = max(0.0, float(out[row, v])) + gain
+    finally:
+        model.train(was_training)
+    return out
+
+
+def _words_at(pieces: list[str], kept: list[int]) -> dict[tuple[str, bool], None]:
+    """The words that have a kept piece, each once, and whether they have the last of these."""
+    ends = list(accumulate(map(len, pieces)))
+    spans = [(ends[at] - len(pieces[at]), ends[at]) for at in kept]
+    found = {}
+    for match in _WORD.finditer("".join(pieces)):
+        inside = [a < match.end() and b > match.start() for a, b in spans]
+        if any(inside):
+            found[match.group(), inside[-1]] = None
+    return found
+
+
 class _Pruner:
     """Steps 2 and 3 for one place in a text."""
 
@@ -105,6 +159,15 @@ class _Pruner:
         self.special = set(getattr(tokenizer, "all_special_ids", ())) | set(self.first)
 
     def __call__(self, feature: int, ids: list[int], whole: float) -> tuple[tuple, float]:
+        """The n-gram's tokens, and the activation after them alone."""
+        length, free, value = self.pruned(feature, ids, whole)
+        names = [
+            self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids[-length:]
+        ]
+        return tuple(ANY if f else t for f, t in zip([*free, False], names, strict=True)), value
+
+    def pruned(self, feature: int, ids: list[int], whole: float) -> tuple[int, list[bool], float]:
+        """How many of the last tokens stay, which of them but the last are ANY, and their value."""
         floor = self.keep * whole
         values = self._last(feature, [ids[-length:] for length in range(1, len(ids) + 1)])
         fits = (values >= floor).nonzero()[:, 0]
@@ -113,8 +176,7 @@ class _Pruner:
         free = [False] * (length - 1)
         if len(fits) and length > 1:
             free = self._free(feature, ids, floor)
-        names = [self.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-        return tuple(ANY if f else t for f, t in zip([*free, False], names, strict=True)), value
+        return length, free, value
 
     def _free(self, feature: int, ids: list[int], floor: float) -> list[bool]:
         """For each token but the last: does the activation outlive every substitute?"""

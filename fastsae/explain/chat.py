@@ -1,5 +1,6 @@
 """Language models that answer questions: any OpenAI-compatible endpoint, or a local model."""
 
+import copy
 import hashlib
 import http.client
 import json
@@ -132,7 +133,8 @@ def _seconds(text: str | None) -> float | None:
 
 
 class LocalModel:
-    """A Hugging Face causal LM as a chat model: greedy; its chat template where it has one.
+    """A Hugging Face causal LM as a chat model: greedy; its chat template where it has one. Without
+    one the answer ends with its first line that is not blank.
 
     Where `options` are given it answers with the one that the model finds most probable per token
     as the continuation, so that a base model, too, answers within them.
@@ -158,12 +160,25 @@ class LocalModel:
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=max_tokens,
                 do_sample=False,
+                stopping_criteria=None if self._chats() else [self._line_ended(len(ids))],
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )[0, len(ids) :]
             return Reply(self.tokenizer.decode(out, skip_special_tokens=True), len(ids), len(out))
 
+    def _chats(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _line_ended(self, start: int):
+        """A base model does not stop after its answer: it is stopped at the end of a line."""
+
+        def ended(ids: torch.Tensor, _scores, **_options) -> torch.Tensor:
+            text = self.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+            return torch.tensor([bool(text.strip()) and "\n" in text.lstrip()], device=ids.device)
+
+        return ended
+
     def _prompt(self, messages: Messages) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None):
+        if self._chats():
             text = self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=False
             )
@@ -171,13 +186,22 @@ class LocalModel:
         return self.tokenizer("\n\n".join(m["content"] for m in messages))["input_ids"]
 
     def _best(self, ids: list[int], options: Sequence[str]) -> tuple[str, int]:
-        lead = "" if getattr(self.tokenizer, "chat_template", None) else " "
+        lead = "" if self._chats() else " "
+        # The prompt is read once; each option continues a copy of its cache.
+        read = self.model(torch.tensor([ids], device=self.model.device), use_cache=True)
+        cache = getattr(read, "past_key_values", None)
+        first = read.logits[0, -1].float().log_softmax(-1)
         best, score, count = "", -torch.inf, 0
         for option in options:
             tail = self.tokenizer(lead + option, add_special_tokens=False)["input_ids"]
-            logits = self.model(torch.tensor([ids + tail], device=self.model.device)).logits[0]
-            rows = logits[len(ids) - 1 : -1].float().log_softmax(-1)
-            mean = float(rows[torch.arange(len(tail)), torch.tensor(tail)].mean())
+            values = [first[tail[0]]]
+            if len(tail) > 1:
+                start = ids if cache is None else []
+                more = torch.tensor([start + tail[:-1]], device=self.model.device)
+                kept = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
+                rows = self.model(more, **kept).logits[0, 1 - len(tail) :].float().log_softmax(-1)
+                values += rows[torch.arange(len(tail) - 1), torch.tensor(tail[1:])]
+            mean = float(torch.stack(values).mean())
             if mean > score:
                 best, score, count = option, mean, len(tail)
         return best, count

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsae.errors import FastsaeError
 from fastsae.explain.activations import _batches, _Best, _place
+from fastsae.explain.baselines import ngram_scores
 from fastsae.explain.corpus import _WORD, corpus_counts, count_batches
 from fastsae.explain.counts import CorpusCounts
 from fastsae.explain.effect import output_effect
@@ -173,6 +174,7 @@ def evaluate(
     features: int = 1024,
     output_features: int = 128,
     strength: float = 4.0,
+    ngrams: int = 0,
     seed: int = 0,
     batch_size: int = 8,
     max_length: int = 512,
@@ -191,12 +193,16 @@ def evaluate(
     feature is active twice as often as in all. output: rise of log p of the words when the feature
     is added, over that of random words (`output_effect`); output_other: the same words under the
     other features. The kind of words: `word_use`. Intervals: bootstrap over features, 95 %.
-    explanations: name -> further Explanations to measure, of the words they keep.
+    explanations: name -> further Explanations to measure, of the words they keep. ngrams: measure
+    the words of the n-grams in so many of a feature's best texts, too (`ngram_scores`, at most 20;
+    0: not): the model runs some ten times for each.
     Raises FastsaeError for a mistake in an argument, or too little text.
     """
     for name, value in (("top", top), ("features", features), ("output_features", output_features)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise FastsaeError(f"{name}: got {value!r}, accepted is an integer of 1 or more")
+    if isinstance(ngrams, bool) or not isinstance(ngrams, int) or not 0 <= ngrams <= _CONTEXTS:
+        raise FastsaeError(f"ngrams: got {ngrams!r}, accepted is an integer of 0..{_CONTEXTS}")
     if top > len(vocab):
         raise FastsaeError(f"top: got {top}, the vocabulary has {len(vocab)} words")
     hook = _place(sae, None)
@@ -216,7 +222,7 @@ def evaluate(
     generator = torch.Generator().manual_seed(seed)
     rows = rows[torch.randperm(len(rows), generator=generator)[:features]]
     say(f"scoring {len(rows)} of {int(usable.sum())} usable features")
-    methods = _methods(sae, model, tokenizer, vocab, fit, rows, lens, explanations or {})
+    methods = _methods(sae, model, tokenizer, vocab, fit, rows, lens, explanations or {}, ngrams)
     prompts = _prompts(tokenizer, held_out_texts)
     chosen = rows[:output_features]
     say(f"adding {len(chosen)} features to {len(prompts)} prompts")
@@ -235,7 +241,7 @@ def evaluate(
     return {
         "settings": {
             "top": top, "window": window, "strength_sigma": strength, "added_norm": norm,
-            "seed": seed, "lift": LIFT, "least_occurrences": LEAST_OCCURRENCES,
+            "ngrams": ngrams, "seed": seed, "lift": LIFT, "least_occurrences": LEAST_OCCURRENCES,
             "least_active": LEAST_ACTIVE, "prompts": len(prompts),
             "vocabulary": vocab.source, "lens": None if lens is None else lens.about,
         },
@@ -257,7 +263,9 @@ def evaluate(
     }  # fmt: skip
 
 
-def _methods(sae, model, tokenizer, vocab, fit: Observed, rows, lens, given) -> dict[str, Tensor]:
+def _methods(
+    sae, model, tokenizer, vocab, fit: Observed, rows, lens, given, ngrams: int
+) -> dict[str, Tensor]:
     """name -> [S, V] float32 scores, in the order of the table."""
     words = word_vectors(model, tokenizer, vocab).cpu()
     out: dict[str, Tensor] = {}
@@ -268,6 +276,8 @@ def _methods(sae, model, tokenizer, vocab, fit: Observed, rows, lens, given) -> 
         found = logit_scores(features, words, rows)
         out |= {name + suffix: scores for name, scores in found.items()}
     out["top texts"] = context_scores(fit.best, fit.passage, tokenizer, vocab, rows)
+    if ngrams:
+        out["n-grams"] = ngram_scores(sae, model, tokenizer, fit.best, vocab, rows, ngrams)
     for counts in (fit.passage, fit.word):
         out[f"corpus-mi, {_window_name(counts.window)}"] = counts.scores(rows).float()
     out |= {name: given_scores(ex, sae, vocab, rows) for name, ex in given.items()}

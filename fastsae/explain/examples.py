@@ -6,23 +6,29 @@ Kept beside the explanations as NAME.examples.jsonl: a header line, then a line 
 import json
 import math
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fastsae.errors import FastsaeError
-from fastsae.explain.activations import _batches, _Best, _chosen
+from fastsae.explain.activations import _Batch, _batches, _Best, _chosen
+from fastsae.explain.corpus import count_batches
+from fastsae.explain.counts import CorpusCounts
 from fastsae.explain.explanations import identity_of
 from fastsae.explain.progress import Progress
 from fastsae.explain.storage import replacing
+from fastsae.explain.terms import TermIndex
+from fastsae.explain.vocabulary import Vocabulary
 
 FORMAT = "fastsae-examples"
 VERSION = 1
 BINS_PER_OCTAVE = 2
-_TEXT = re.compile(r'"text": ?"((?:[^"\\]|\\.)*)"')
+_TEXT = re.compile(r'"text": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 _LOWEST, _BINS = -40, 96  # histogram from 2^-20 to 2^28; what lies outside is in the outer bins
 
 
@@ -64,10 +70,7 @@ class Examples:
             self._starts.append(at)
             at = text.find("\n", at) + 1
         self._row = {feature: i for i, feature in enumerate(self.features)}
-        # For `find`: the texts in lower case, where each begins, and the row it belongs to.
-        self._lower: str | None = None
-        self._pieces: list[int] = []
-        self._rows: list[int] = []
+        self._index: tuple[TermIndex, array, array] | None = None
 
     def __contains__(self, feature: int) -> bool:
         return feature in self._row
@@ -85,39 +88,33 @@ class Examples:
 
     def find(self, words: Sequence[str], limit: int) -> list[int]:
         """Up to `limit` features with an example that holds all words, in file order; any case."""
-        words = [word.lower() for word in words]
-        longest, found, at = max(words, key=len), [], 0
-        lower = self.index()._lower
-        while len(found) < limit and (at := lower.find(longest, at)) >= 0:
-            end = at + len(longest)
-            if _inside_word(lower, at) or lower[end].isalnum():
-                at = end
-                continue
-            piece = bisect_right(self._pieces, at) - 1
-            row = self._rows[piece]
-            text = lower[self._pieces[piece] : lower.index("\n", at)]
-            if all(word in text for word in words) and (
-                any(
-                    all(_holds(e.text, w) for w in words) for e in self[self.features[row]].examples
-                )
-            ):
-                found.append(self.features[row])
-                piece = bisect_right(self._rows, row)  # the next feature's first
-                end = self._pieces[piece] if piece < len(self._pieces) else len(lower)
-            at = end
-        return found
+        terms, rows, _ = self.index()
+        found: dict[int, None] = {}
+        for piece in terms.of(words, self._piece):
+            found[self.features[rows[piece]]] = None
+            if len(found) == limit:
+                break
+        return list(found)
 
-    def index(self) -> "Examples":
-        """Makes the first `find` as fast as the others; returns itself."""
-        if self._lower is None:
-            parts, self._pieces, self._rows, length = [], [], [], 0
-            for match in _TEXT.finditer(self._text):
-                self._pieces.append(length)
-                self._rows.append(bisect_right(self._starts, match.start()) - 1)
-                parts.append(match[1].lower())
-                length += len(parts[-1]) + 1
-            self._lower = "\n".join(parts) + "\n"
-        return self
+    def index(self) -> tuple[TermIndex, array, array]:
+        """What `find` reads, made once: the examples' words, their rows, where their texts begin.
+
+        Takes seconds for hundreds of thousands of examples.
+        """
+        if self._index is None:
+            rows, starts = array("i"), array("q")
+
+            def texts() -> Iterator[str]:
+                for match in _TEXT.finditer(self._text):
+                    rows.append(bisect_right(self._starts, match.start()) - 1)
+                    starts.append(match.start())
+                    yield _unescaped(match)
+
+            self._index = (TermIndex(texts()), rows, starts)
+        return self._index
+
+    def _piece(self, number: int) -> str:
+        return _unescaped(_TEXT.match(self._text, self.index()[2][number]))
 
     def save(self, path: str | Path) -> Path:
         path = Path(path)
@@ -165,53 +162,94 @@ def collect_examples(
     the texts. Values are kept to six digits.
     """
     chosen = _chosen(sae, range(sae.config.d_sae) if features is None else features)
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise FastsaeError(f"n: got {n!r}, accepted is an integer of 1 or more")
-    total = len(texts) if hasattr(texts, "__len__") else math.inf
-    best = _Best(len(chosen), n, context, with_values=True)
-    histogram = torch.zeros(len(chosen), _BINS, dtype=torch.int64)
-    tokens = 0
-    with Progress("examples", total, "texts", on=progress) as bar:
-        for batch in _batches(sae, model, tokenizer, texts, chosen, layer, batch_size, max_length):
-            best.merge(batch)
-            bin = (batch.value.double().log2() * BINS_PER_OCTAVE).floor().long() - _LOWEST
-            cell = batch.slot * _BINS + bin.clamp(0, _BINS - 1)
-            histogram += cell.bincount(minlength=histogram.numel()).view_as(histogram)
-            tokens += batch.tokens
-            bar.add(len(batch.ids))
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "sae": identity_of(sae).digest,
-        "tokens": tokens,
-        "features": chosen,
-    }
-    lines = (_line(best, histogram[i], f, i, tokenizer) for i, f in enumerate(chosen))
-    return Examples(header, "".join(line + "\n" for line in lines))
+    collector = ExampleCollector(sae, chosen, n=n, context=context)
+    batches = _batches(sae, model, tokenizer, texts, chosen, layer, batch_size, max_length)
+    for _ in collector.watch(batches, _size(texts), progress=progress):
+        pass
+    return collector.result(tokenizer)
 
 
-def _line(best: _Best, histogram: torch.Tensor, feature: int, slot: int, tokenizer) -> str:
+@torch.no_grad()
+def counts_and_examples(
+    sae,
+    model,
+    tokenizer,
+    texts: Iterable[str],
+    vocab: Vocabulary,
+    windows: Sequence[int | str] = ("word",),
+    *,
+    n: int = 3,
+    progress: bool = False,
+) -> tuple[dict[int | str, CorpusCounts], Examples]:
+    """What `corpus_counts` and `collect_examples` return for all features, by one pass of the
+    model over the texts instead of two."""
+    everything = list(range(sae.config.d_sae))
+    collector = ExampleCollector(sae, everything, n=n)
+    batches = _batches(sae, model, tokenizer, texts, everything, None, 8, 512)
+    watched = collector.watch(batches, _size(texts), progress=progress)
+    counts = count_batches(watched, sae, model, tokenizer, vocab, windows)
+    return counts, collector.result(tokenizer)
+
+
+class ExampleCollector:
+    """Collects the examples of `chosen` features from batches that go by."""
+
+    def __init__(self, sae, chosen: list[int], *, n: int = 3, context: int = 12):
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise FastsaeError(f"n: got {n!r}, accepted is an integer of 1 or more")
+        self.sae, self.chosen, self.tokens = sae, chosen, 0
+        self.best = _Best(len(chosen), n, context, with_values=True)
+        self.histogram = torch.zeros(len(chosen), _BINS, dtype=torch.int64)
+
+    def watch(self, batches: Iterable[_Batch], total: float, *, progress: bool) -> Iterator[_Batch]:
+        """The same batches. total: texts of all of them, for the progress bar."""
+        with Progress("examples", total, "texts", on=progress) as bar:
+            for batch in batches:
+                self.best.merge(batch)
+                bin = (batch.value.double().log2() * BINS_PER_OCTAVE).floor().long() - _LOWEST
+                cell = batch.slot * _BINS + bin.clamp(0, _BINS - 1)
+                counts = cell.bincount(minlength=self.histogram.numel())
+                self.histogram += counts.view_as(self.histogram)
+                self.tokens += batch.tokens
+                bar.add(len(batch.ids))
+                yield batch
+
+    def result(self, tokenizer) -> Examples:
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sae": identity_of(self.sae).digest,
+            "tokens": self.tokens,
+            "features": self.chosen,
+        }
+        pieces = _Pieces(tokenizer)
+        lines = (
+            _line(self.best, self.histogram[i], f, i, pieces) for i, f in enumerate(self.chosen)
+        )
+        return Examples(header, "".join(line + "\n" for line in lines))
+
+
+def _size(texts: Iterable[str]) -> float:
+    return len(texts) if hasattr(texts, "__len__") else math.inf
+
+
+def _line(best: _Best, histogram: torch.Tensor, feature: int, slot: int, pieces: "_Pieces") -> str:
     used = histogram.nonzero()[:, 0].tolist() or [0, -1]
     first, last = used[0], used[-1]
     examples = []
     for i in range(int((best.values[slot] > 0).sum())):
         window = best.windows[slot, i]
         inside = window >= 0
-        pieces = _pieces(tokenizer, window[inside].tolist())
-        peak = int(inside[: best.context].sum())
-        ends, at = [], 0
-        for piece in pieces:
-            at += len(piece)
-            ends.append(at)
+        parts = pieces(window[inside].tolist())
         examples.append(
             {
-                "value": _short(best.values[slot, i]),
+                "value": _short(float(best.values[slot, i])),
                 "document": int(best.documents[slot, i]),
                 "position": int(best.positions[slot, i]),
-                "peak": peak,
-                "text": "".join(pieces),
-                "ends": ends,
-                "values": [_short(v) for v in best.around[slot, i][inside]],
+                "peak": int(inside[: best.context].sum()),
+                "text": "".join(parts),
+                "ends": list(accumulate(map(len, parts))),
+                "values": [_short(v) for v in best.around[slot, i][inside].tolist()],
             }
         )
     entry = {
@@ -223,8 +261,50 @@ def _line(best: _Best, histogram: torch.Tensor, feature: int, slot: int, tokeniz
     return json.dumps(entry, ensure_ascii=False, separators=(",", ":"))
 
 
-def _short(value: torch.Tensor) -> float:
-    return float(f"{float(value):.6g}")
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+class _Pieces:
+    """`_pieces` of many token lists, with the text that a token adds behind another kept.
+
+    Where tokens add other texts than they do alone (bytes of one character), the pieces do not make
+    the whole text, or hold U+FFFD, and `_pieces` decides.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self._first, self._behind = tokenizer, {}, {}
+
+    def __call__(self, ids: list[int]) -> list[str]:
+        parts, begun = [], False
+        for at, token in enumerate(ids):
+            part = self._after(ids[at - 1], token) if begun else self._alone(token)
+            if part is None:
+                return _pieces(self.tokenizer, ids)
+            parts.append(part)
+            begun = begun or part != ""  # special tokens show nothing
+        text = "".join(parts)
+        if "\ufffd" in text or text != self._decode(ids):
+            return _pieces(self.tokenizer, ids)
+        return parts
+
+    def _alone(self, token: int) -> str:
+        if token not in self._first:
+            self._first[token] = self._decode([token])
+        return self._first[token]
+
+    def _after(self, before: int, token: int) -> str | None:
+        if token not in self._behind:
+            lead, both = self._alone(before), self._decode([before, token])
+            if not lead or not both.startswith(lead):
+                return None
+            self._behind[token] = both[len(lead) :]
+        return self._behind[token]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def _pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -245,22 +325,12 @@ def _pieces(tokenizer, ids: list[int]) -> list[str]:
     return out
 
 
+def _unescaped(match: re.Match) -> str:
+    text = match[1]
+    return json.loads(f'"{text}"') if "\\" in text else text
+
+
 def _cut(entry: dict) -> Iterator[tuple]:
     starts = [0, *entry["ends"][:-1]]
     yield tuple(entry["text"][a:b] for a, b in zip(starts, entry["ends"], strict=True))
     yield tuple(entry["values"])
-
-
-def _inside_word(text: str, at: int) -> bool:
-    """Whether a letter stands before `at`; one that belongs to a JSON escape is none."""
-    escaped = text[max(0, at - 2) : at].startswith("\\") or "\\u" in text[max(0, at - 6) : at]
-    return at > 0 and text[at - 1].isalnum() and not escaped
-
-
-def _holds(text: str, word: str) -> bool:
-    text, at = text.lower(), -1
-    while (at := text.find(word, at + 1)) >= 0:
-        end = at + len(word)
-        if not (text[max(0, at - 1) : at].isalnum() or text[end : end + 1].isalnum()):
-            return True
-    return False

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,12 +144,9 @@ class Explanations:
             raise FastsaeError(f"match: got {match!r}, accepted are any, all")
         if isinstance(top, bool) or not isinstance(top, int) or top < 1:
             raise FastsaeError(f"top: got {top!r}, accepted is an integer of 1 or more")
-        kept, values = self._word_scores(self._query(query))
-        member = (kept.any(0) if match == "any" else kept.all(0)) & self._allowed(
-            alive_only, min_frequency, max_frequency
-        )
-        features = member.nonzero()[:, 0]
-        kept, values = kept[:, features], values[:, features]
+        features, kept, values = self._matches(self._query(query), match)
+        allowed = self._allowed(alive_only, min_frequency, max_frequency)[features]
+        features, kept, values = features[allowed], kept[:, allowed], values[:, allowed]
         total = {"mean": values.mean(0), "max": values.amax(0)}.get(aggregate, values.sum(0))
         order = total.sort(descending=True, stable=True).indices
         if aggregate == "count":
@@ -157,17 +155,40 @@ class Explanations:
         order = order[:top]
         return list(zip(features[order].tolist(), total[order].tolist(), strict=True))
 
-    def _word_scores(self, words: list[int]) -> tuple[Tensor, Tensor]:
-        """Whether each feature keeps each word, and s(f, q) of `search`: both [Q, F]."""
-        absent = self.scores[:, -1].clamp(max=self._neutral())
-        kept, values = [], []
+    def _matches(self, words: list[int], match: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [n] that keep any or all of the words, ascending; whether they keep each, and
+        s(f, q) of `search`: both [Q, n]."""
+        order, starts = self.index()
+        width, lists = self.indices.shape[1], []
         for word in words:
-            hit = self.indices == word
-            found = hit.any(-1)
-            score = self.scores.gather(1, hit.int().argmax(-1, keepdim=True))[:, 0]
-            kept.append(found)
-            values.append(torch.where(found, score, absent))
-        return torch.stack(kept), torch.stack(values).double()
+            at = order[starts[word] : starts[word + 1]].long()
+            lists.append((at // width, self.scores[at // width, at % width]))
+        features, count = torch.cat([f for f, _ in lists]).unique(return_counts=True)
+        if match == "all":
+            features = features[count == len(words)]
+        kept = torch.zeros(len(words), len(features), dtype=torch.bool)
+        values = self.scores[features, -1].clamp(max=self._neutral()).repeat(len(words), 1)
+        for row, (found, scores) in enumerate(lists):
+            here = torch.isin(found, features, assume_unique=True)
+            place = torch.searchsorted(features, found[here])
+            kept[row, place] = True
+            values[row, place] = scores[here]
+        return features, kept, values.double()
+
+    def index(self) -> tuple[Tensor, Tensor]:
+        """What `search` reads, made once: places in `indices` by word, and where a word's begin."""
+        return self._places
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        words, order = self.indices.flatten().sort(stable=True)
+        row = order // self.indices.shape[1]
+        first = torch.ones(len(words), dtype=torch.bool)  # of a word that a row holds twice
+        first[1:] = (words[1:] != words[:-1]) | (row[1:] != row[:-1])
+        counts = words[first].bincount(minlength=len(self.vocab))
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        small = self.indices.numel() < 2**31
+        return order[first].to(torch.int32 if small else torch.int64), starts
 
     def _query(self, query: str | Sequence[str]) -> list[int]:
         words = (

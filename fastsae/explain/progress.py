@@ -1,5 +1,6 @@
 """Progress of long work on stderr, with the time that is left."""
 
+import math
 import sys
 import time
 
@@ -19,7 +20,11 @@ class Progress:
             except ImportError:
                 return
             shape = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
-            self._bar = tqdm(total=total, desc=title, unit=unit, bar_format=shape)
+            known = not math.isinf(total)
+            self._bar = tqdm(
+                total=total if known else None, desc=title, unit=unit,
+                bar_format=shape if known else None,
+            )  # fmt: skip
 
     def skip(self, amount: float) -> None:
         """Work that an earlier run has done: it counts, but says nothing about the speed."""
@@ -35,13 +40,18 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(amount)
-        elif self.on and (self.at >= self.total or time.monotonic() - self._shown >= _SECONDS):
+            return
+        done = self.at >= self.total * (1 - 1e-9)  # sums of fractions end just below the total
+        if self.on and (done or time.monotonic() - self._shown >= _SECONDS):
             self._shown = time.monotonic()
-            line = f"{self.title}: {self.at:,.0f} of {self.total:,.0f} {self.unit}, {self.left()}"
+            size = "?" if math.isinf(self.total) else f"{self.total:,.0f}"
+            line = f"{self.title}: {self.at:,.0f} of {size} {self.unit}, {self.left()}"
             print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)
 
     def left(self) -> str:
         """The time that the rest takes at the speed so far."""
+        if math.isinf(self.total):
+            return "? left"
         done, spent = self.at - self._skipped, time.monotonic() - self._start
         if done <= 0:
             return "? left"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -163,12 +164,30 @@ class Vocabulary:
         for form in (word, word.lower()):
             if form in self._position:
                 return self._position[form]
-        close = difflib.get_close_matches(word.lower(), self.words, n=3)
+        close = _close(word.lower(), self.words)
         hint = f"; close to it: {', '.join(close)}" if close else ""
         raise FastsaeError(
             f"word: {word!r} is not among the {len(self)} words of the vocabulary "
             f"({self.source}){hint}"
         )
+
+
+def _close(word: str, words: Sequence[str]) -> list[str]:
+    """Up to three words like `word`, among the 200 whose letters are most like its letters.
+
+    `difflib` alone takes 0.2 seconds for 50 000 words; a search has 0.1.
+    """
+    # Twice the letters that two words share, over the letters of both, bounds their similarity.
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    letters = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32)
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+    shared = np.zeros(len(words), np.int64)
+    for letter in set(word):
+        held = np.add.reduceat(letters == ord(letter), starts, dtype=np.int64)
+        shared += np.minimum(held, word.count(letter))
+    alike = 2 * shared / (lengths + len(word))
+    nearest = (-alike).argsort(kind="stable")[:200]
+    return difflib.get_close_matches(word, [words[i] for i in nearest.tolist()], n=3)
 
 
 def _parse_line(path: Path, number: int, line: str) -> tuple[int, str, float | None] | None:
