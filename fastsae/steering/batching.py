@@ -103,6 +103,8 @@ class Requests:
         for packed in self._unread:
             counts = packed.tally.tolist()[: len(packed.names)]
             for name, (first, steered, overflowed) in zip(packed.names, counts, strict=True):
+                if name not in self.lengths:
+                    continue  # it has left
                 self.steered[name] = steered + (0 if first else self.steered.get(name, 0))
                 if overflowed:
                     self.failed.add(name)
