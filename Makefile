@@ -107,6 +107,7 @@ bench-record: $(VENV)/.dev $(PEERS)/.ready
 	$(BIN)/python -P benchmarks/train_step.py --out $(RESULTS)/train-step.csv
 	$(PEERS)/bin/python -P benchmarks/peers.py --out $(RESULTS)/peers.csv
 	$(PEERS)/bin/python -P benchmarks/compat.py --out $(RESULTS)/compat.csv
+	$(BIN)/python -P benchmarks/explain_scale.py --out $(RESULTS)/explain-scale.csv
 	$(BIN)/python -P benchmarks/table.py --write README.md
 
 clean:

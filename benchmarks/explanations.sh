@@ -20,5 +20,5 @@ for layer in 4 9 14; do
 done
 fastsae eval explanations "$OUT"/sae-{4,9,14} --lens "$OUT"/lens-{4,9,14}.safetensors \
     --text "$OUT/fit.jsonl.gz" --held-out-text "$OUT/held-out.jsonl.gz" \
-    --output benchmarks/results/explanations.json --plot docs/explanations.svg \
+    --ngrams 5 --output benchmarks/results/explanations.json --plot docs/explanations.svg \
     --markdown "$OUT/explanations.md"
