@@ -58,6 +58,7 @@ class Where:
         self.shape = None if fed is None else (fed.shape[0], fed.shape[1])
         self.requests = requests
         self.visited: list = []  # the sites that have steered this forward
+        self.inputs: list = []  # (site, what its transcoder reads), in this forward
         self.generation = generation
         self.untold = False
         cache = given.get("past_key_values")

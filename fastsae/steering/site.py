@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastsae.errors import FastsaeError
 from fastsae.ops.steer import steer
+from fastsae.places import Place
 from fastsae.sae import SAE
 from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.membership import StagedPolicy, is_staged
@@ -15,6 +16,7 @@ from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
 from fastsae.steering.trace import Trace
+from fastsae.steering.transcoder import check_policy, is_transcoder, joined
 
 
 class Rows:
@@ -54,9 +56,11 @@ class Site:
         dose: Dose | None = None,
     ):
         self.sae, self.dose = sae, dose
+        self.transcodes = is_transcoder(sae.config)
+        self.reads: Place | None = None  # where a transcoder's input passes
         self.trace: Trace | None = None
         self.largest_dose = 0.0
-        self.table = PolicyTable(sae, capacity=capacity, device=device)
+        self.table = PolicyTable(sae, capacity=capacity, device=device, transcoders=True)
         self.first_token = first_token
         self.rows = Rows()
         self.active = self.in_table = self.phased = False
@@ -87,6 +91,8 @@ class Site:
         slots, staged = [], {}
         for row, policy in enumerate(rows.policies):
             slot = 0
+            if policy is not None and self.transcodes:
+                check_policy(policy)
             if policy is not None and is_staged(self.sae, policy):
                 if policy.digest not in staged:
                     staged[policy.digest] = (StagedPolicy(self.table, policy), [])
@@ -131,7 +137,9 @@ class Site:
     def _move(self, device: torch.device) -> None:
         """Follow a layer that was not where its residual is now when we attached (offloading)."""
         self._release()
-        self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
+        self.table = PolicyTable(
+            self.sae, capacity=self.table.capacity, device=device, transcoders=True
+        )
         counts, largest = self.counts, self.largest_dose
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = None
@@ -140,9 +148,30 @@ class Site:
         if counts.device.type != "meta" and device.type != "meta":
             self.counts.copy_(counts)
 
+    def read(self, x: Tensor, where: Where) -> None:
+        """Keep a transcoder's input [B, T, d_in] until its output comes: a copy, lest it change."""
+        if x.dim() != 3 or x.shape[-1] != self.sae.config.d_in:
+            raise FastsaeError(
+                f"sae: this transcoder reads [batch, tokens, {self.sae.config.d_in}], but "
+                f"{self.reads} carries {list(x.shape)}; take one trained on this model"
+            )
+        where.inputs.append((self, x.detach().clone()))
+
+    def _input(self, y: Tensor, where: Where) -> Tensor:
+        for site, x in where.inputs:
+            if site is self and x.shape[:2] == y.shape[:2]:
+                return x
+        raise FastsaeError(
+            f"sae: this transcoder's input never passed at {self.reads} before its output, "
+            f"{list(y.shape)}; check config.hook_name and config.hook_name_out"
+        )
+
     def apply(self, residual: Tensor, where: Where) -> Tensor:
         """The steered residual [B, T, D]: a new tensor, rows and tokens without a policy copied."""
         self._check(residual, where)
+        written = residual
+        if self.transcodes:
+            residual = joined(self._input(written, where), written)
         if not torch.compiler.is_compiling():
             self.calls += 1
         rows = self._rows_of(residual, where)
@@ -161,9 +190,10 @@ class Site:
             out = steer(residual, slots, strengths, self.table.buffers)
         for policy, steered in self.staged:
             out = self._apply_staged(policy, steered, rows, out, chosen, strengths)
-        if self.dose is not None:
-            out = self._within_dose(residual, out)
-        return out.transpose(0, 1) if where.packed else out
+        out = out.transpose(0, 1) if where.packed else out
+        if self.transcodes:
+            out = out[..., self.sae.config.d_in :].to(written.dtype).contiguous()
+        return out if self.dose is None else self._within_dose(written, out)
 
     def _in_phase(self, residual: Tensor, rows, where: Where) -> Tensor:
         """[B or 1, T or 1] bool: tokens of the phase that their row's policy names."""
@@ -213,7 +243,7 @@ class Site:
                 "twice; fastsae works on models that run every layer once"
             )
         where.visited.append(self)
-        width = self.sae.config.d_in
+        width = self.sae.config.width_out
         if residual.dim() != 3 or residual.shape[-1] != width:
             raise FastsaeError(
                 f"sae: reads residuals [batch, tokens, {width}], but the hooked layer gives "
