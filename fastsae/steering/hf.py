@@ -144,8 +144,8 @@ class SteeringHandle:
         traced, point = self.sites[place], self._host.points[place]
         if traced.transcodes:
             raise FastsaeError(
-                f"trace: {place} is what a transcoder writes; its features read {traced.reads}, which "
-                "its policies do not change: record that input and sae.encode it"
+                f"trace: {place} is what a transcoder writes; its features read {traced.reads}, "
+                "which its policies do not change: record that input and sae.encode it"
             )
         if traced.trace is not None:
             raise FastsaeError(f"trace: {place} is being traced already; name all features at once")

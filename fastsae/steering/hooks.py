@@ -45,7 +45,7 @@ class Point:
     def demand(self, where: Where) -> None:
         """Raise if a required policy was not applied in the forward that has just ended."""
         for site in self.sites:
-            if site.active and site.required and site not in where.visited:
+            if site.demanded and site not in where.visited:
                 raise FastsaeError(
                     f"policy {site.required[0].label} is required, but {self.place} never ran"
                 )
@@ -230,16 +230,21 @@ class Host:
 
     @contextlib.contextmanager
     def generating(self, args: tuple, kwargs: dict) -> Iterator[None]:
-        active = [(point, s, s.calls) for point in self.points.values() for s in point.sites]
+        active = [
+            (point.place, s, s.calls, int(s.forwards) if s.demanded else 0)
+            for point in self.points.values()
+            for s in point.sites
+            if s.active
+        ]
         with self.tracker.generating(args, kwargs):
             yield
-        if any("_compiled_call" in model.__dict__ for model in self.wrapped):
-            return  # generate compiled the forward: inside a graph there is no Python to count
-        for point, site, calls in active:
-            if site.active and site.calls == calls:
-                text = f"{point.place} never ran in generate: nothing was steered there"
-                if site.required:
-                    raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
+        # When generate compiles the forward, there is no Python in it that could count.
+        compiled = any("_compiled_call" in model.__dict__ for model in self.wrapped)
+        for place, site, calls, forwards in active:
+            text = f"{place} never ran in generate: nothing was steered there"
+            if site.demanded and int(site.forwards) == forwards:
+                raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
+            if site.active and not compiled and site.calls == calls:
                 warnings.warn(text, stacklevel=4)
 
 

@@ -193,10 +193,11 @@ class Tracker:
 
     def leave(self, trunk, args: tuple, output) -> None:
         """After the layers have run, or have raised: then output is None."""
-        if torch.compiler.is_compiling():
-            self.now = None
-            return
         now, self.now = self.now, None
+        if torch.compiler.is_compiling():
+            for point in self.points if now is not None else ():
+                point.demand(now)  # which layers a graph runs is settled when it is traced
+            return
         if self._running == threading.get_ident():
             self._running = None
         if now is None or output is None:

@@ -63,12 +63,13 @@ class Site:
         self.table = PolicyTable(sae, capacity=capacity, device=device, transcoders=True)
         self.first_token = first_token
         self.rows = Rows()
-        self.active = self.in_table = self.phased = False
+        self.active = self.in_table = self.phased = self.demanded = False
         self.staged: list[tuple[StagedPolicy, list[int]]] = []
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = None
+        self.forwards: Tensor | None = None  # [1, 1] that applied a required policy, ever
 
     @property
     def required(self) -> list[Policy]:
@@ -108,6 +109,8 @@ class Site:
         has_policy = [policy is not None for policy in rows.policies]
         self.has_policy = self._fill(self.has_policy, has_policy, torch.bool)
         self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
+        if self.forwards is None:
+            self.forwards = self._fill(None, [0], torch.int64)
         self.largest_dose = 0.0
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
         self.on_prompt = self._fill(self.on_prompt, [p != "generated" for p in phases], torch.bool)
@@ -118,6 +121,7 @@ class Site:
         self.in_table = any(slots)
         self.phased = any(policy.phase != "all" for policy in used)
         self.active = bool(used)
+        self.demanded = any(policy.required for policy in used)
         self.rows = rows
 
     def _release(self) -> None:
@@ -140,13 +144,14 @@ class Site:
         self.table = PolicyTable(
             self.sae, capacity=self.table.capacity, device=device, transcoders=True
         )
-        counts, largest = self.counts, self.largest_dose
+        kept, largest = (self.counts, self.forwards), self.largest_dose
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
-        self.on_prompt = self.on_generated = None
+        self.on_prompt = self.on_generated = self.forwards = None
         self._take(self.rows)
         self.largest_dose = largest
-        if counts.device.type != "meta" and device.type != "meta":
-            self.counts.copy_(counts)
+        if kept[0].device.type != "meta" and device.type != "meta":
+            self.counts.copy_(kept[0])
+            self.forwards.copy_(kept[1])
 
     def read(self, x: Tensor, where: Where) -> None:
         """Keep a transcoder's input [B, T, d_in] until its output comes: a copy, lest it change."""
@@ -184,6 +189,8 @@ class Site:
         strengths = _of(self.strengths, rows).expand(batch, tokens).contiguous()
         chosen = (chosen & _of(self.has_policy, rows)).expand(batch, tokens)
         self._count(chosen, rows)
+        if self.demanded:
+            self.forwards.add_(1)
         out = residual
         if self.in_table:
             slots = chosen * _of(self.slots, rows)
