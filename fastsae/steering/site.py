@@ -107,7 +107,7 @@ class Site:
         phases = [policy.phase if policy is not None else "all" for policy in rows.policies]
         self.slots = self._fill(self.slots, slots, torch.int32)
         has_policy = [policy is not None for policy in rows.policies]
-        self.has_policy = self._fill(self.has_policy, has_policy, torch.bool)
+        self.has_policy = self._fill(self.has_policy, has_policy, torch.int64)  # 0 or 1
         self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
         if self.forwards is None:
             self.forwards = self._fill(None, [0], torch.int64)
@@ -180,21 +180,34 @@ class Site:
         if not torch.compiler.is_compiling():
             self.calls += 1
         rows = self._rows_of(residual, where)
-        chosen = where.steered(residual, self.first_token)
+        chosen = where.steered(residual, self.first_token)  # a buffer: good for this call only
         if self.phased:
-            chosen = chosen & self._in_phase(residual, rows, where)
+            chosen = self._in_phase(chosen, residual, rows, where)
         if where.packed:  # a token for a row
             residual, chosen = residual.transpose(0, 1), chosen.transpose(0, 1)
         batch, tokens = residual.shape[:2]
-        strengths = _of(self.strengths, rows).expand(batch, tokens).contiguous()
-        chosen = (chosen & _of(self.has_policy, rows)).expand(batch, tokens)
-        self._count(chosen, rows)
+        shape, device = (batch, tokens), residual.device
+        strengths = _of(self.strengths, rows).expand(shape)
+        if not strengths.is_contiguous():
+            buffer = where.scratch("strengths", shape, strengths.dtype, device)
+            strengths = strengths.contiguous() if buffer is None else buffer.copy_(strengths)
+        chosen, has_policy = chosen.expand(shape), _of(self.has_policy, rows)
+
+        def times(name: str, column: Tensor) -> Tensor:
+            # In the column's type: a product of two types would make a copy of one first.
+            buffer = where.scratch(name, shape, column.dtype, device)
+            mine = chosen.to(column.dtype) if buffer is None else buffer.copy_(chosen)
+            return mine.mul_(column)
+
+        self._count(times("counted", has_policy), rows, where)
         if self.demanded:
             self.forwards.add_(1)
         out = residual
         if self.in_table:
-            slots = chosen * _of(self.slots, rows)
+            slots = times("slots", _of(self.slots, rows))  # slot 0 where there is no policy
             out = steer(residual, slots, strengths, self.table.buffers)
+        if self.staged:
+            chosen = chosen & has_policy.bool()
         for policy, steered in self.staged:
             out = self._apply_staged(policy, steered, rows, out, chosen, strengths)
         out = out.transpose(0, 1) if where.packed else out
@@ -202,25 +215,30 @@ class Site:
             out = out[..., self.sae.config.d_in :].to(written.dtype).contiguous()
         return out if self.dose is None else self._within_dose(written, out)
 
-    def _in_phase(self, residual: Tensor, rows, where: Where) -> Tensor:
-        """[B or 1, T or 1] bool: tokens of the phase that their row's policy names."""
+    def _in_phase(self, chosen: Tensor, residual: Tensor, rows, where: Where) -> Tensor:
+        """[B, T] bool: the chosen tokens in the phase that their row's policy names."""
+        shape = residual.shape[:2]
+        buffer = where.scratch("phase", shape, torch.bool, chosen.device)
         known = None if self.lengths is None or where.packed else _of(self.lengths, rows)
         generated = where.generated(residual, known)
         on_prompt, on_generated = _of(self.on_prompt, rows), _of(self.on_generated, rows)
         if where.packed:
             on_prompt, on_generated = on_prompt.transpose(0, 1), on_generated.transpose(0, 1)
         if isinstance(generated, Tensor):
-            return torch.where(generated, on_generated, on_prompt)
-        return on_generated if generated else on_prompt
-
-    def _count(self, chosen: Tensor, rows: "Tensor | int") -> None:
-        """Add the steered tokens to each row's count, in the same buffer, graphs included."""
-        steered = chosen.sum(1, keepdim=True)
-        if isinstance(rows, Tensor):
-            self.counts.index_add_(0, rows, steered)
+            generated = generated.expand(shape)
+            wanted = torch.where(generated, on_generated, on_prompt, out=buffer)
         else:
-            given = self.counts.shape[0]
-            self.counts.add_(steered.view(given, -1).sum(1, keepdim=True))
+            wanted = on_generated if generated else on_prompt
+        return torch.logical_and(chosen.expand(shape), wanted, out=buffer)
+
+    def _count(self, steered: Tensor, rows: "Tensor | int", where: Where) -> None:
+        """Add the steered tokens to each row's count, in the same buffer, graphs included."""
+        if isinstance(rows, Tensor):
+            self.counts.index_add_(0, rows, steered.sum(1, keepdim=True))
+            return
+        given = self.counts.shape[0]
+        buffer = where.scratch("counts", (given, 1), torch.int64, steered.device)
+        self.counts.add_(torch.sum(steered.reshape(given, -1), 1, keepdim=True, out=buffer))
 
     def _within_dose(self, x: Tensor, r: Tensor) -> Tensor:
         if self.dose.action == "clamp":
