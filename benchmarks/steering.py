@@ -1,6 +1,6 @@
 """Measures what steering adds to a decoded token of Gemma 3 270M: end to end, and inside the hooks.
 
-    python -P benchmarks/steering.py [--quick] [--rounds 500] [--out FILE.csv] [--sae FOLDER]
+    python -P benchmarks/steering.py [--quick] [--rounds 800] [--out FILE.csv] [--sae FOLDER]
 
 Every condition is a module of its own, steered or not, on the same weights, and decodes one and the
 same position again and again. Conditions, at one layer:
@@ -40,7 +40,7 @@ from fastsae import models
 from fastsae.steering import Policy, add, amplify, attach
 
 CONTEXT, WIDE, FEATURES = 64, 256, 64
-ROUNDS, QUICK, FEWER = 500, 3, 8  # pairs per condition; wide batches make FEWER times fewer
+ROUNDS, QUICK, FEWER = 800, 3, 8  # pairs per condition; wide batches make FEWER times fewer
 
 
 class Condition:

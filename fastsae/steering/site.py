@@ -70,6 +70,7 @@ class Site:
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = None
         self.forwards: Tensor | None = None  # [1, 1] that applied a required policy, ever
+        self.nobody = self.no_slot = None  # [1, 1] zeros for tokens that are not steered
 
     @property
     def required(self) -> list[Policy]:
@@ -110,7 +111,8 @@ class Site:
         self.has_policy = self._fill(self.has_policy, has_policy, torch.int64)  # 0 or 1
         self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
         if self.forwards is None:
-            self.forwards = self._fill(None, [0], torch.int64)
+            self.forwards, self.nobody = (self._fill(None, [0], torch.int64) for _ in range(2))
+            self.no_slot = self._fill(None, [0], torch.int32)
         self.largest_dose = 0.0
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
         self.on_prompt = self._fill(self.on_prompt, [p != "generated" for p in phases], torch.bool)
@@ -193,18 +195,17 @@ class Site:
             strengths = strengths.contiguous() if buffer is None else buffer.copy_(strengths)
         chosen, has_policy = chosen.expand(shape), _of(self.has_policy, rows)
 
-        def times(name: str, column: Tensor) -> Tensor:
-            # In the column's type: a product of two types would make a copy of one first.
+        def if_chosen(name: str, column: Tensor, nothing: Tensor) -> Tensor:
+            # All of one type: torch would make a copy of what has another.
             buffer = where.scratch(name, shape, column.dtype, device)
-            mine = chosen.to(column.dtype) if buffer is None else buffer.copy_(chosen)
-            return mine.mul_(column)
+            return torch.where(chosen, column, nothing, out=buffer)
 
-        self._count(times("counted", has_policy), rows, where)
+        self._count(if_chosen("counted", has_policy, self.nobody), rows, where)
         if self.demanded:
             self.forwards.add_(1)
         out = residual
         if self.in_table:
-            slots = times("slots", _of(self.slots, rows))  # slot 0 where there is no policy
+            slots = if_chosen("slots", _of(self.slots, rows), self.no_slot)
             out = steer(residual, slots, strengths, self.table.buffers)
         if self.staged:
             chosen = chosen & has_policy.bool()
@@ -237,6 +238,9 @@ class Site:
             self.counts.index_add_(0, rows, steered.sum(1, keepdim=True))
             return
         given = self.counts.shape[0]
+        if steered.shape == self.counts.shape:
+            self.counts.add_(steered)
+            return
         buffer = where.scratch("counts", (given, 1), torch.int64, steered.device)
         self.counts.add_(torch.sum(steered.reshape(given, -1), 1, keepdim=True, out=buffer))
 
