@@ -67,7 +67,7 @@ class Point:
         if not isinstance(given, Tensor):
             raise FastsaeError(f"{self.place}: its module was called without hidden states")
         steered = self._steered(given)
-        if self.in_place and steered is not given:
+        if self.in_place:
             with torch.no_grad():
                 given.copy_(steered)
             return None
