@@ -2,20 +2,21 @@
 
     python -P benchmarks/steering.py [--quick] [--rounds 800] [--out FILE.csv] [--sae FOLDER]
 
-Every condition is a module of its own, steered or not, on the same weights, and decodes one and the
-same position again and again. Conditions, at one layer:
+Every condition decodes one and the same position again and again. It is a module of its own on the
+same weights, steered or not; the two of 256 rows share one, because where 256 caches lie in memory
+makes more of a difference than policies do. Conditions, at one layer:
 - idle: attached, no policy set; rows: [None] set
 - features: one policy that adds 64 features
 - membership: 64 features with active="sae" on a top-k SAE, which encodes every token
 - policies: 256 rows with a policy of 4 features each, against 256 rows that share one
 
 token_X: a token of the condition and one of its base follow each other, the order alternating; the
-ratio is the median over all pairs, because two tokens of the same kind differ by more than the
-hooks take, but neighbours less than others. Printed with it: the interval that holds the median of
-19 of 20 such runs (order statistics). hooks_X: the time inside everything that fastsae put on the
-module, taken within those tokens, so caches are as cold as they are in use; its ratio is to the
-median token without hooks. The time allowed to membership is the share of bytes that the encoder
-adds to the model's, + 2 %.
+ratio is the median over pairs (two of them, one of each order, at a time), because two tokens of
+the same kind differ by more than the hooks take, but neighbours less than others. Printed with it:
+the interval that holds the median of 19 of 20 such runs (order statistics). hooks_X: the time
+inside everything that fastsae put on the module, taken within those tokens, so caches are as cold
+as they are in use; its ratio is to the median token without hooks. The time allowed to membership
+is the share of bytes that the encoder adds to the model's, + 2 %.
 """
 
 import copy
@@ -39,8 +40,9 @@ import fastsae
 from fastsae import models
 from fastsae.steering import Policy, add, amplify, attach
 
-CONTEXT, WIDE, FEATURES = 64, 256, 64
-ROUNDS, QUICK, FEWER = 800, 3, 8  # pairs per condition; wide batches make FEWER times fewer
+FEATURES, CONTEXT = 64, 64
+WIDE, WIDE_CONTEXT = 256, 16  # longer ones mostly time how 256 caches grow by a token
+ROUNDS, QUICK, FEWER = 800, 4, 4  # pairs per condition; wide batches make FEWER times fewer
 
 
 class Condition:
@@ -48,15 +50,22 @@ class Condition:
 
     def __init__(self, model, ids: torch.Tensor, rows: int, sae=None, policies=None):
         kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model, self.hooks, self.spent = copy.deepcopy(model, kept), [], 0.0
+        self.model, self.hooks, self.spent = copy.deepcopy(model, kept), [], [0.0]
+        self.policies, self.shared = policies, False
         self.ids = ids[:, -1:].expand(rows, -1)
-        self.mask = torch.ones(rows, CONTEXT + 1, dtype=torch.long)
+        self.mask = torch.ones(rows, ids.shape[1] + 1, dtype=torch.long)
         self.cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
         self.cache.batch_repeat_interleave(rows)
         if sae is not None:
             self.handle = attach(self.model, sae, max_policies=WIDE)
             self.handle.set(policies)
             self._time_the_hooks()
+
+    def other(self, policies) -> "Condition":
+        """The same module with other policies: both set theirs before each token, untimed."""
+        self.shared, made = True, copy.copy(self)
+        made.shared, made.policies, made.hooks = True, policies, []
+        return made
 
     def _time_the_hooks(self) -> None:
         for module in self.model.modules():
@@ -69,20 +78,22 @@ class Condition:
         def call(*args):
             start = time.perf_counter()
             result = hook(*args)
-            self.spent += time.perf_counter() - start
+            self.spent[0] += time.perf_counter() - start
             return result
 
         return call
 
     def token(self) -> tuple[float, torch.Tensor]:
         """(milliseconds, logits [rows, V]) of one decoded token."""
-        self.spent, start = 0.0, time.perf_counter()
+        if self.shared:
+            self.handle.set(self.policies)
+        self.spent[0], start = 0.0, time.perf_counter()
         logits = self.model(
             self.ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True
         ).logits
         spent = time.perf_counter() - start
         self.cache.crop(-1)
-        self.hooks.append(self.spent * 1e3)
+        self.hooks.append(self.spent[0] * 1e3)
         return spent * 1e3, logits[:, -1]
 
 
@@ -116,7 +127,9 @@ class Comparison:
             self.times[which].append(times)
 
     def ratios(self) -> list[float]:
-        return sorted(ours / base for base, ours in zip(*self.times, strict=True))
+        """Ascending, one for two pairs: their geometric mean, free of what being first costs."""
+        pairs = [ours / base for base, ours in zip(*self.times, strict=True)]
+        return sorted(math.sqrt(a * b) for a, b in zip(pairs[::2], pairs[1::2], strict=False))
 
     def told(self) -> str:
         ratios = self.ratios()
@@ -124,7 +137,7 @@ class Comparison:
         low, high = (ratios[min(n - 1, max(0, round(n / 2 + s * half)))] for s in (-1, 1))
         return (
             f"{self.name:11} {statistics.median(ratios):.4f} x {self.base_name} "
-            f"[{low:.4f}, {high:.4f}], {n} pairs; in the hooks "
+            f"[{low:.4f}, {high:.4f}], {2 * n} pairs; in the hooks "
             f"{statistics.median(self.condition.hooks) * 1e3:.0f} µs"
         )
 
@@ -178,7 +191,8 @@ def comparisons(model, sae, rounds: int) -> list[Comparison]:
         return torch.equal(a[0], b[0]) and differ(a[1:], b[1:])
 
     each = [Policy(add(range(i, i + 4), 0.5)) for i in range(WIDE)]
-    shared, apart = (Condition(model, ids, WIDE, sae, p) for p in ([each[0]] * WIDE, each))
+    shared = Condition(model, ids[:, :WIDE_CONTEXT], WIDE, sae, [each[0]] * WIDE)
+    apart = shared.other(each)
     fewer = max(QUICK, rounds // FEWER)
     member = [Policy(amplify(some, 0.5, active="sae"))]
     return [
