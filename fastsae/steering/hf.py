@@ -23,6 +23,7 @@ from fastsae.steering.policy import Policy
 from fastsae.steering.site import Rows, Site
 from fastsae.steering.table import Capacity
 from fastsae.steering.trace import Trace
+from fastsae.steering.transcoder import is_transcoder, places_of
 
 PolicyRows = Policy | Sequence[Policy | None] | None
 
@@ -82,8 +83,8 @@ class SteeringHandle:
                 each.set(before[place])
             raise
         finally:
-            for place in self.sites:
-                self._host.points[place].refresh()
+            for place, each in self.sites.items():
+                self._host.refresh(place, each)
         self._host.requests = named
 
     def forget(self, request_id: str) -> None:
@@ -165,6 +166,11 @@ class SteeringHandle:
             )
         place = next(iter(self.sites)) if layer is None else self._attached(layer)
         traced, point = self.sites[place], self._host.points[place]
+        if traced.transcodes:
+            raise FastsaeError(
+                f"trace: {place} is what a transcoder writes; its features read {traced.reads}, "
+                "which its policies do not change: record that input and sae.encode it"
+            )
         if traced.trace is not None:
             raise FastsaeError(f"trace: {place} is being traced already; name all features at once")
         traced.trace = Trace(traced.sae, features)
@@ -220,6 +226,9 @@ def attach(
     position ids, is never steered; nor is each row's first token, which carries huge norms in most
     models, unless `first_token`.
 
+    A transcoder says itself where it reads and writes (hook_name, hook_name_out): its policies add
+    to what it writes the change of features read before all operations (steering/transcoder.py).
+
     Attach *before* torch.compile: a compiled model is refused, because graphs ignore later hooks.
     Several handles may share a model; at one layer they apply in the order of attachment.
     Raises FastsaeError when a layer is missing or an SAE does not fit the model's width.
@@ -234,12 +243,16 @@ def attach(
             raise FastsaeError(
                 f"saes: expected a fastsae.SAE for {layer!r}, got {type(sae).__name__}"
             )
-        place = _place(layer, sae)
+        pair = places_of(layer, sae.config) if is_transcoder(sae.config) else None
+        place, reads = pair or (_place(layer, sae), None)
         if place in sites:
             raise FastsaeError(f"saes: {layer!r} names the same place as another key")
         module, _ = site(model, *place)
         _check_width(model, sae)
         sites[place] = Site(sae, capacity, _device(module), first_token, dose, watch)
+        if reads is not None:
+            site(model, *reads)  # raises where the model has no such place
+            sites[place].reads = reads
     if not sites:
         raise FastsaeError("saes: expected at least one {layer: sae}, got none")
     return SteeringHandle(model, sites)
@@ -348,11 +361,12 @@ def _place(layer: "int | str | Place | None", sae: SAE) -> Place:
 
 def _check_width(model: nn.Module, sae: SAE) -> None:
     width = models.hidden_size(model) if hasattr(model, "config") else sae.config.d_in
-    if sae.config.d_in != width:
-        raise FastsaeError(
-            f"sae: reads {sae.config.d_in} dimensions, {type(model).__name__} has {width}; take an "
-            "SAE trained on this model"
-        )
+    for does, own in (("reads", sae.config.d_in), ("writes", sae.config.width_out)):
+        if own != width:
+            raise FastsaeError(
+                f"sae: {does} {own} dimensions, {type(model).__name__} has {width}; take an SAE "
+                "trained on this model"
+            )
 
 
 def _device(layer: nn.Module) -> torch.device:

@@ -28,6 +28,7 @@ class Point:
         self.place, self.tracker = place, tracker
         self.in_place = place.point == "resid_mid"  # the residual goes past the norm we hook
         self.sites: list[Site] = []
+        self.readers: list[Site] = []  # transcoders that read here and steer elsewhere
         self.active = False
         module, side = places.site(model, *place)
         # First in line: hidden states that other hooks record are then the steered ones.
@@ -39,12 +40,13 @@ class Point:
             )
 
     def refresh(self) -> None:
-        self.active = any(site.active or site.trace is not None for site in self.sites)
+        steers = any(site.active or site.trace is not None for site in self.sites)
+        self.active = steers or any(site.active for site in self.readers)
 
     def demand(self, where: Where) -> None:
         """Raise if a required policy was not applied in the forward that has just ended."""
         for site in self.sites:
-            if site.active and site.required and site not in where.visited:
+            if site.demanded and site not in where.visited:
                 raise FastsaeError(
                     f"policy {site.required[0].label} is required, but {self.place} never ran"
                 )
@@ -86,6 +88,9 @@ class Point:
                     steered = site.apply(steered, where)
                 if site.trace is not None:
                     site.trace.record(before, steered, where)
+            for site in self.readers:  # after the sites: what the module really gets
+                if site.active:
+                    site.read(steered, where)
         except Exception as error:
             self.tracker.failed = error  # a generate_batch only logs what is raised here
             raise
@@ -132,21 +137,32 @@ class Host:
         trunk = next(m for m in model.modules() if any(c is layers for c in m.children()))
         return trunk.__dict__.get("_fastsae_host") or cls(layers, trunk)
 
-    def add(self, place: Place, site: Site, model: nn.Module) -> Point:
+    def add(self, place: Place, site: Site, model: nn.Module) -> None:
+        self._point(place, model).sites.append(site)
+        if site.reads is not None:
+            self._point(site.reads, model).readers.append(site)
+
+    def _point(self, place: Place, model: nn.Module) -> Point:
         if place not in self.points:
             point = Point(place, model, self.tracker)
             self.points[place] = point
             self.tracker.points.append(point)
-        self.points[place].sites.append(site)
         return self.points[place]
 
+    def refresh(self, place: Place, site: Site) -> None:
+        for each in {place, site.reads or place}:
+            self.points[each].refresh()
+
     def remove(self, place: Place, site: Site) -> None:
-        point = self.points[place]
-        point.sites.remove(site)
-        point.refresh()
-        if not point.sites:
-            point.removable.remove()
-            self.tracker.points.remove(self.points.pop(place))
+        self.points[place].sites.remove(site)
+        if site.reads is not None:
+            self.points[site.reads].readers.remove(site)
+        self.refresh(place, site)
+        for each in {place, site.reads or place}:
+            point = self.points[each]
+            if not point.sites and not point.readers:
+                point.removable.remove()
+                self.tracker.points.remove(self.points.pop(each))
 
     # --- what continuous batching asks ---------------------------------------------------------
 
@@ -219,16 +235,21 @@ class Host:
 
     @contextlib.contextmanager
     def generating(self, args: tuple, kwargs: dict) -> Iterator[None]:
-        active = [(point, s, s.calls) for point in self.points.values() for s in point.sites]
+        active = [
+            (point.place, s, s.calls, int(s.forwards) if s.demanded else 0)
+            for point in self.points.values()
+            for s in point.sites
+            if s.active
+        ]
         with self.tracker.generating(args, kwargs):
             yield
-        if any("_compiled_call" in model.__dict__ for model in self.wrapped):
-            return  # generate compiled the forward: inside a graph there is no Python to count
-        for point, site, calls in active:
-            if site.active and site.calls == calls:
-                text = f"{point.place} never ran in generate: nothing was steered there"
-                if site.required:
-                    raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
+        # When generate compiles the forward, there is no Python in it that could count.
+        compiled = any("_compiled_call" in model.__dict__ for model in self.wrapped)
+        for place, site, calls, forwards in active:
+            text = f"{place} never ran in generate: nothing was steered there"
+            if site.demanded and int(site.forwards) == forwards:
+                raise FastsaeError(f"policy {site.required[0].label} is required, but {text}")
+            if site.active and not compiled and site.calls == calls:
                 warnings.warn(text, stacklevel=4)
 
 

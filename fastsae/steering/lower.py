@@ -47,10 +47,10 @@ class Lowered(NamedTuple):
 class Rows(NamedTuple):
     """Encoder and decoder rows of some features, on the CPU."""
 
-    enc: Tensor  # [R, D] float32
+    enc: Tensor  # [R, D] float32; of a transcoder [w, 0], D = d_in + d_out
     bias: Tensor  # [R] float32, b_enc − s·⟨w, b_dec⟩ computed in float64
     theta: Tensor  # [R] float32
-    dec: Tensor  # [R, D] float32
+    dec: Tensor  # [R, D] float32; of a transcoder [0, d]
 
 
 def needs_membership(sae: SAE, operation: Operation) -> bool:
@@ -168,4 +168,8 @@ def fetch_rows(sae: SAE, keys: list[RowKey]) -> Rows:
             f"features: {feature} has NaN or infinite weights in this SAE; steer without it, or "
             "load an intact checkpoint"
         )
+    if sae.config.d_out is not None:
+        enc = torch.nn.functional.pad(fetched.enc, (0, sae.config.d_out))
+        dec = torch.nn.functional.pad(fetched.dec, (sae.config.d_in, 0))
+        return fetched._replace(enc=enc, dec=dec)
     return fetched

@@ -50,7 +50,7 @@ class _Members:
         self.dec = rows.dec.to(device)
 
     def __call__(self, r: Tensor, strengths: Tensor) -> Tensor:
-        z = self.sae.encode(r)
+        z = self.sae.encode(r[:, : self.sae.config.d_in])  # a transcoder's row is [input, output]
         member = z.indices.unsqueeze(-1) == self.features  # [N, k, features]
         acts = torch.where(member, z.values.unsqueeze(-1), 0).sum(-2)
         coefficient = self.alpha.to(r.dtype) * acts.to(r.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastsae.errors import FastsaeError
 from fastsae.steering.batching import Packed
+from fastsae.steering.scratch import Scratch, no_scratch
 
 
 class Generation:
@@ -47,7 +48,9 @@ class Generation:
 class Where:
     """The tokens of one forward, for every hooked layer of it: B rows, T tokens in each."""
 
-    def __init__(self, given: dict, generation: Generation | None, requests=None):
+    def __init__(
+        self, given: dict, generation: Generation | None, requests=None, scratch=no_scratch
+    ):
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
@@ -58,8 +61,10 @@ class Where:
         fed = embeds if isinstance(embeds, Tensor) else self.input_ids
         self.shape = None if fed is None else (fed.shape[0], fed.shape[1])
         self.requests = requests
+        self.scratch = scratch
         self.visited: list = []  # the sites that have steered this forward
         self.seconds = 0.0  # that they took, when somebody wants to know
+        self.inputs: list = []  # (site, what its transcoder reads), in this forward
         self.generation = generation
         self.untold = False
         cache = given.get("past_key_values")
@@ -113,26 +118,42 @@ class Where:
                 return self.ids.to(device), None
             self._must_be_told()
             return (torch.arange(tokens, device=device) + past).unsqueeze(0), None
-        real = (self.mask != 0).to(device)
-        positions = real.long().cumsum(1) - 1
-        columns = real.shape[1]
-        if columns == tokens:
-            return positions + past, real
+        columns = self.mask.shape[1]
         # With a static cache the mask can be as long as the cache: our columns follow the past.
-        if isinstance(past, Tensor):
+        if isinstance(past, Tensor) and columns != tokens:
+            real = (self.mask != 0).to(device)
             here = past + torch.arange(tokens, device=device)
+            positions = real.long().cumsum(1) - 1
             return positions.index_select(1, here), real.index_select(1, here)
         known = self.past is not None and past + tokens <= columns
-        end = past + tokens if known else columns
-        return positions[:, end - tokens : end], real[:, end - tokens : end]
+        end = past + tokens if known and columns != tokens else columns
+        mask = self.mask.to(device)
+        real = self._nonzero("real", mask[:, end - tokens : end], torch.bool)
+        shape = (mask.shape[0], tokens)
+        if columns == tokens:
+            positions = self.scratch("positions", shape, torch.int64, device)
+            return torch.cumsum(real, 1, out=positions).add_(past - 1), real
+        # int64, or the sum would make a copy in int64 first.
+        earlier = self._nonzero("earlier", mask[:, : end - tokens + (tokens == 1)], torch.int64)
+        count = self.scratch("count", (shape[0], 1), torch.int64, device)
+        count = torch.sum(earlier, 1, keepdim=True, out=count)
+        if tokens == 1:  # a decode step: its own column is counted already
+            return count.sub_(1), real
+        positions = self.scratch("positions", shape, torch.int64, device)
+        return torch.cumsum(real, 1, out=positions).add_(count).sub_(1), real
+
+    def _nonzero(self, name: str, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        buffer = self.scratch(name, mask.shape, dtype, mask.device)
+        return (mask != 0).to(dtype) if buffer is None else torch.ne(mask, 0, out=buffer)
 
     def steered(self, residual: Tensor, first_token: bool) -> Tensor:
         """[B or 1, T] bool: real tokens, without each row's first one unless `first_token`."""
         positions, real = self.positions(residual)
-        later = positions >= (0 if first_token else 1)
+        buffer = self.scratch("steered", positions.shape, torch.bool, positions.device)
+        later = torch.ge(positions, 0 if first_token else 1, out=buffer)
         if self.packed and self.requests is not None:
-            real = self.request_of(residual).real
-        return later if real is None else real & later
+            return later & self.request_of(residual).real
+        return later if real is None else later.logical_and_(real)
 
     def generated(self, residual: Tensor, lengths: Tensor | None) -> "Tensor | bool":
         """Position ≥ prompt length, per token; lengths [B, 1] when the caller knows them.
@@ -148,7 +169,9 @@ class Where:
         positions, _ = self.positions(residual)
         if lengths is None:
             lengths = self._prompt_lengths(positions, residual.shape[0]).unsqueeze(1)
-        return positions >= lengths.to(positions.device)
+        shape = (max(positions.shape[0], lengths.shape[0]), positions.shape[1])
+        buffer = self.scratch("generated", shape, torch.bool, positions.device)
+        return torch.ge(positions, lengths.to(positions.device), out=buffer)
 
     def _must_be_told(self) -> None:
         if self.untold and self.generation is None:
@@ -161,7 +184,8 @@ class Where:
         """[rows]: real prompt tokens of each, that is the prompt's columns less its padding."""
         scope = self.generation
         if scope.lengths is not None:
-            return scope.lengths.repeat_interleave(rows // scope.lengths.shape[0])
+            copies = rows // scope.lengths.shape[0]
+            return scope.lengths if copies == 1 else scope.lengths.repeat_interleave(copies)
         # generate() can derive a mask from the pad token by itself. Padding is on the left, so the
         # last token's position tells how many of the columns up to it are padding.
         seen = (0 if self.past is None else self.past) + positions.shape[1]
@@ -181,6 +205,7 @@ class Tracker:
         self.failed: Exception | None = None  # raised by a hook, perhaps in another thread
         self.requests = None  # of the manager that `generate_batch` uses
         self.observe: Callable[[float], None] | None = None  # told the seconds of every forward
+        self.scratch = Scratch()
         self._running: int | None = None  # the thread whose forward is under way
         self._generating: dict[int, Generation] = {}  # by thread
         self._names = tuple(inspect.signature(trunk.forward).parameters)
@@ -191,14 +216,15 @@ class Tracker:
             if not torch.compiler.is_compiling():
                 self._claim()
             given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-            self.now = Where(given, self.generation, self.requests)
+            self.now = Where(given, self.generation, self.requests, self.scratch)
 
     def leave(self, trunk, args: tuple, output) -> None:
         """After the layers have run, or have raised: then output is None."""
-        if torch.compiler.is_compiling():
-            self.now = None
-            return
         now, self.now = self.now, None
+        if torch.compiler.is_compiling():
+            for point in self.points if now is not None else ():
+                point.demand(now)  # which layers a graph runs is settled when it is traced
+            return
         if self._running == threading.get_ident():
             self._running = None
         if now is None or output is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastsae.errors import FastsaeError
 from fastsae.ops.steer import steer
 from fastsae.ops.watch import watch_
+from fastsae.places import Place
 from fastsae.sae import SAE
 from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.membership import StagedPolicy, is_staged
@@ -16,6 +17,7 @@ from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
 from fastsae.steering.trace import Trace
+from fastsae.steering.transcoder import check_policy, is_transcoder, joined
 from fastsae.steering.watch import Watch
 
 # In a packed forward all requests are in one row: where one has NaN keys or values, attention gives
@@ -61,22 +63,31 @@ class Site:
         watch: bool = False,
     ):
         self.sae, self.dose = sae, dose
+        self.transcodes = is_transcoder(sae.config)
+        self.reads: Place | None = None  # where a transcoder's input passes
         self.watch: Watch | None = None
+        if watch and self.transcodes:
+            raise FastsaeError(
+                "watch: a transcoder's activations are of its input and its dose of its output, "
+                "which are not added up together; attach it with watch=False"
+            )
         if watch:
             self.watch = Watch(sae, policies=capacity.max_policies, device=device)
         self.also: dict[str, tuple[int, ...]] = {}  # by digest: more features to watch
         self._watched: list[Policy] = []
         self.trace: Trace | None = None
         self.largest_dose = 0.0
-        self.table = PolicyTable(sae, capacity=capacity, device=device)
+        self.table = PolicyTable(sae, capacity=capacity, device=device, transcoders=True)
         self.first_token = first_token
         self.rows = Rows()
-        self.active = self.in_table = self.phased = False
+        self.active = self.in_table = self.phased = self.demanded = False
         self.staged: list[tuple[StagedPolicy, list[int]]] = []
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = self.watch_slots = None
+        self.forwards: Tensor | None = None  # [1, 1] that applied a required policy, ever
+        self.nobody = self.no_slot = None  # [1, 1] zeros for tokens that are not steered
 
     @property
     def required(self) -> list[Policy]:
@@ -99,6 +110,8 @@ class Site:
         slots, staged = [], {}
         for row, policy in enumerate(rows.policies):
             slot = 0
+            if policy is not None and self.transcodes:
+                check_policy(policy)
             if policy is not None and is_staged(self.sae, policy):
                 if policy.digest not in staged:
                     staged[policy.digest] = (StagedPolicy(self.table, policy), [])
@@ -116,8 +129,11 @@ class Site:
         phases = [policy.phase if policy is not None else "all" for policy in rows.policies]
         self.slots = self._fill(self.slots, slots, torch.int32)
         has_policy = [policy is not None for policy in rows.policies]
-        self.has_policy = self._fill(self.has_policy, has_policy, torch.bool)
+        self.has_policy = self._fill(self.has_policy, has_policy, torch.int64)  # 0 or 1
         self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
+        if self.forwards is None:
+            self.forwards, self.nobody = (self._fill(None, [0], torch.int64) for _ in range(2))
+            self.no_slot = self._fill(None, [0], torch.int32)
         self.largest_dose = 0.0
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
         self.on_prompt = self._fill(self.on_prompt, [p != "generated" for p in phases], torch.bool)
@@ -128,6 +144,7 @@ class Site:
         self.in_table = any(slots)
         self.phased = any(policy.phase != "all" for policy in used)
         self.active = bool(used)
+        self.demanded = any(policy.required for policy in used)
         self.rows = rows
 
     def _release(self) -> None:
@@ -156,71 +173,119 @@ class Site:
     def _move(self, device: torch.device) -> None:
         """Follow a layer that was not where its residual is now when we attached (offloading)."""
         self._release()
-        self.table = PolicyTable(self.sae, capacity=self.table.capacity, device=device)
-        counts, largest = self.counts, self.largest_dose
+        self.table = PolicyTable(
+            self.sae, capacity=self.table.capacity, device=device, transcoders=True
+        )
+        kept, largest = (self.counts, self.forwards), self.largest_dose
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
-        self.on_prompt = self.on_generated = self.watch_slots = None
+        self.on_prompt = self.on_generated = self.watch_slots = self.forwards = None
         if self.watch is not None:
             self.watch.move(device)
         self._take(self.rows)
         self.largest_dose = largest
-        if counts.device.type != "meta" and device.type != "meta":
-            self.counts.copy_(counts)
+        if kept[0].device.type != "meta" and device.type != "meta":
+            self.counts.copy_(kept[0])
+            self.forwards.copy_(kept[1])
+
+    def read(self, x: Tensor, where: Where) -> None:
+        """Keep a transcoder's input [B, T, d_in] until its output comes: a copy, lest it change."""
+        if x.dim() != 3 or x.shape[-1] != self.sae.config.d_in:
+            raise FastsaeError(
+                f"sae: this transcoder reads [batch, tokens, {self.sae.config.d_in}], but "
+                f"{self.reads} carries {list(x.shape)}; take one trained on this model"
+            )
+        where.inputs.append((self, x.detach().clone()))
+
+    def _input(self, y: Tensor, where: Where) -> Tensor:
+        for site, x in where.inputs:
+            if site is self and x.shape[:2] == y.shape[:2]:
+                return x
+        raise FastsaeError(
+            f"sae: this transcoder's input never passed at {self.reads} before its output, "
+            f"{list(y.shape)}; check config.hook_name and config.hook_name_out"
+        )
 
     def apply(self, residual: Tensor, where: Where) -> Tensor:
         """The steered residual [B, T, D]: a new tensor, rows and tokens without a policy copied."""
         self._check(residual, where)
+        written = residual
+        if self.transcodes:
+            residual = joined(self._input(written, where), written)
         if not torch.compiler.is_compiling():
             self.calls += 1
         rows = self._rows_of(residual, where)
-        chosen = where.steered(residual, self.first_token)
+        chosen = where.steered(residual, self.first_token)  # a buffer: good for this call only
         if self.phased:
-            chosen = chosen & self._in_phase(residual, rows, where)
+            chosen = self._in_phase(chosen, residual, rows, where)
         if where.packed:  # a token for a row
             first = where.positions(residual)[0] == 0
             residual, chosen = residual.transpose(0, 1), chosen.transpose(0, 1)
-        batch, tokens = residual.shape[:2]
-        strengths = _of(self.strengths, rows).expand(batch, tokens).contiguous()
-        chosen = (chosen & _of(self.has_policy, rows)).expand(batch, tokens)
+        shape, device = residual.shape[:2], residual.device
+        strengths = _of(self.strengths, rows).expand(shape)
+        if not strengths.is_contiguous():
+            buffer = where.scratch("strengths", shape, strengths.dtype, device)
+            strengths = strengths.contiguous() if buffer is None else buffer.copy_(strengths)
+        chosen, has_policy = chosen.expand(shape), _of(self.has_policy, rows)
+        if where.packed or self.staged or self.dose is not None or self.watch is not None:
+            chosen = chosen & has_policy.bool()
+
+        def of(chosen: Tensor, name: str, column: Tensor, nothing: Tensor) -> Tensor:
+            # All of one type: torch would make a copy of what has another.
+            buffer = where.scratch(name, shape, column.dtype, device)
+            return torch.where(chosen, column, nothing, out=buffer)
+
         out = residual
         if self.in_table:
-            slots = chosen * _of(self.slots, rows)
+            slots = of(chosen, "slots", _of(self.slots, rows), self.no_slot)
             out = steer(residual, slots, strengths, self.table.buffers)
         for policy, steered in self.staged:
             out = self._apply_staged(policy, steered, rows, out, chosen, strengths)
+        if self.transcodes:
+            out = out[..., self.sae.config.d_in :].to(written.dtype).contiguous()
+        before = written.transpose(0, 1) if where.packed else written
         ran, broken = chosen, None
         if where.packed:
-            broken = chosen & ~_usable(residual, out)
-            out = torch.where(broken.unsqueeze(-1), residual, out)
+            broken = chosen & ~_usable(before, out)
+            out = torch.where(broken.unsqueeze(-1), before, out)
             chosen = chosen & ~broken
             where.request_of(residual).note(first[0], chosen[:, 0], broken[:, 0])
-        self._count(chosen, rows)
+        self._count(of(chosen, "counted", has_policy, self.nobody), rows, where)
+        if self.demanded:
+            self.forwards.add_(1)
         if self.dose is not None:
-            out = self._within_dose(residual, out, chosen)
+            out = self._within_dose(before, out, chosen)
         if self.watch is not None:
             new = out if broken is None else out.masked_fill(broken.unsqueeze(-1), torch.nan)
-            watch_(residual, new, ran * _of(self.watch_slots, rows), self.watch.table)
+            watch_(before, new, ran * _of(self.watch_slots, rows), self.watch.table)
         return out.transpose(0, 1) if where.packed else out
 
-    def _in_phase(self, residual: Tensor, rows, where: Where) -> Tensor:
-        """[B or 1, T or 1] bool: tokens of the phase that their row's policy names."""
+    def _in_phase(self, chosen: Tensor, residual: Tensor, rows, where: Where) -> Tensor:
+        """[B, T] bool: the chosen tokens in the phase that their row's policy names."""
+        shape = residual.shape[:2]
+        buffer = where.scratch("phase", shape, torch.bool, chosen.device)
         known = None if self.lengths is None or where.packed else _of(self.lengths, rows)
         generated = where.generated(residual, known)
         on_prompt, on_generated = _of(self.on_prompt, rows), _of(self.on_generated, rows)
         if where.packed:
             on_prompt, on_generated = on_prompt.transpose(0, 1), on_generated.transpose(0, 1)
         if isinstance(generated, Tensor):
-            return torch.where(generated, on_generated, on_prompt)
-        return on_generated if generated else on_prompt
-
-    def _count(self, chosen: Tensor, rows: "Tensor | int") -> None:
-        """Add the steered tokens to each row's count, in the same buffer, graphs included."""
-        steered = chosen.sum(1, keepdim=True)
-        if isinstance(rows, Tensor):
-            self.counts.index_add_(0, rows, steered)
+            generated = generated.expand(shape)
+            wanted = torch.where(generated, on_generated, on_prompt, out=buffer)
         else:
-            given = self.counts.shape[0]
-            self.counts.add_(steered.view(given, -1).sum(1, keepdim=True))
+            wanted = on_generated if generated else on_prompt
+        return torch.logical_and(chosen.expand(shape), wanted, out=buffer)
+
+    def _count(self, steered: Tensor, rows: "Tensor | int", where: Where) -> None:
+        """Add the steered tokens to each row's count, in the same buffer, graphs included."""
+        if isinstance(rows, Tensor):
+            self.counts.index_add_(0, rows, steered.sum(1, keepdim=True))
+            return
+        given = self.counts.shape[0]
+        if steered.shape == self.counts.shape:
+            self.counts.add_(steered)
+            return
+        buffer = where.scratch("counts", (given, 1), torch.int64, steered.device)
+        self.counts.add_(torch.sum(steered.reshape(given, -1), 1, keepdim=True, out=buffer))
 
     def _within_dose(self, x: Tensor, r: Tensor, chosen: Tensor) -> Tensor:
         if self.dose.action == "clamp":
@@ -252,7 +317,7 @@ class Site:
                 "twice; fastsae works on models that run every layer once"
             )
         where.visited.append(self)
-        width = self.sae.config.d_in
+        width = self.sae.config.width_out
         if residual.dim() != 3 or residual.shape[-1] != width:
             raise FastsaeError(
                 f"sae: reads residuals [batch, tokens, {width}], but the hooked layer gives "

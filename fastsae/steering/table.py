@@ -12,6 +12,7 @@ from fastsae.ops.steer import SteerTable
 from fastsae.sae import SAE
 from fastsae.steering.lower import Item, Lowered, RowKey, fetch_rows, lower
 from fastsae.steering.policy import Policy
+from fastsae.steering.transcoder import plain
 
 
 class Capacity(NamedTuple):
@@ -53,7 +54,8 @@ class PolicyTable:
     All buffers are allocated here, once, and only their contents change, so a compiled or captured
     model sees every update. `acquire` gives a policy's slot and `release` gives it back; a released
     policy stays packed until its room is needed, so that setting it again copies nothing.
-    Rows of features are shared by all policies. Not thread-safe.
+    Rows of features are shared by all policies. transcoders: serve one as well, on rows of d_in +
+    d_out (steering/transcoder.py). Not thread-safe.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class PolicyTable:
         *,
         capacity: Capacity | None = None,
         device: torch.device | str = "cpu",
+        transcoders: bool = False,
     ):
-        sae.config.require_plain("steering", normalization=("center",))
+        config = plain(sae.config) if transcoders else sae.config
+        config.require_plain("steering", normalization=("center",))
         self.sae = sae
         self.capacity = capacity = (capacity or Capacity()).checked()
         self._residents: dict[str, _Resident] = {}  # least recently used first
@@ -75,7 +79,7 @@ class PolicyTable:
     def _allocate(self, device: torch.device) -> SteerTable:
         rows, width, operations, items = (
             self.capacity.max_features,
-            self.sae.config.d_in,
+            self.sae.config.d_in + (self.sae.config.d_out or 0),
             self.capacity.max_operations,
             self.capacity.max_items,
         )

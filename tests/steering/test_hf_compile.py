@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from fastsae.errors import FastsaeError
-from fastsae.steering import Policy, amplify, attach, steer
+from fastsae.steering import Policy, add, amplify, attach, steer
 
 transformers = pytest.importorskip("transformers")
 
 D, LAYER = 32, 0
+REQUIRED = Policy(add(1, 2.0), name="calm", required=True)
 
 
 @pytest.fixture
@@ -38,15 +39,61 @@ def test_generate_that_compiles_itself(
     torch.testing.assert_close(compiled_generate(model)[1], base[1])
 
 
+@pytest.mark.parametrize("lost", ["layer", "all"])
+def test_a_required_policy_that_a_compiled_generate_loses_stops_it(
+    count_compiles, sae, build, compiled_generate, lost
+):
+    model = build("llama")
+    with attach(model, {LAYER: sae}) as handle:
+        handle.set(REQUIRED)
+        compiled_generate(model)
+        steered = handle.counts()
+        assert sum(steered["layers.0.output"]) > 10
+        torch._dynamo.reset()
+        # Someone takes the hooks away: those of the layer, or those that notice it, too.
+        model.model.layers[LAYER]._forward_hooks.clear()
+        if lost == "all":
+            model.model._forward_pre_hooks.clear()
+            model.model._forward_hooks.clear()
+        with pytest.raises(FastsaeError, match=r"policy calm is required, but layers\.0\.output"):
+            compiled_generate(model)
+        assert handle.counts() == steered
+        handle.set(None)
+        compiled_generate(model)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_required_policy_that_a_graph_does_not_reach_stops_it(sae, fullgraph):
+    model, x = Small(), torch.randn(1, 3, D)
+    base, model.run = model(x), 1  # the forward leaves its second layer out
+    torch._dynamo.reset()
+    with attach(model, {1: sae}) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        want = compiled(x)  # the graph exists before the policy
+        handle.set(REQUIRED)
+        # A whole graph has no room for an error: dynamo then says that it met one.
+        with pytest.raises(FastsaeError if not fullgraph else Exception) as caught:
+            compiled(x)
+        assert isinstance(caught.value, (FastsaeError, torch._dynamo.exc.Unsupported))
+        assert fullgraph or "policy calm is required, but layers.1.output" in str(caught.value)
+        handle.set(None)
+        assert torch.equal(compiled(x), want)
+        model.run = 2
+        handle.set(REQUIRED)
+        assert not torch.equal(compiled(x), base)
+    torch._dynamo.reset()
+
+
 class Small(nn.Module):
     """The least that can be steered; a real model takes seconds to trace."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.run = 2
 
     def forward(self, inputs_embeds, attention_mask=None):
-        for layer in self.layers:
+        for layer in self.layers[: self.run]:
             inputs_embeds = layer(inputs_embeds)
         return inputs_embeds
 
