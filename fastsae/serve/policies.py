@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsae.errors import FastsaeError
 from fastsae.steering import Policy
+from fastsae.steering.control import checked_holdout
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,7 @@ class Entry:
     holdout: float = 0.0
 
     def __post_init__(self):
-        share = self.holdout
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not number or not 0 <= share < 1:
-            raise FastsaeError(f"holdout: expected a share in [0, 1), got {share!r}")
-        if share and self.policy.required:
-            raise FastsaeError(
-                "holdout: a required policy must steer every request; make one of the two untrue"
-            )
+        checked_holdout(self.holdout, self.policy.required)
         if self.policy.name is None:
             raise FastsaeError("name: missing; requests name a policy as name@version, or name")
 

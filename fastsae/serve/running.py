@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from fastsae.serve.control import Decision
 from fastsae.serve.errors import ApiError
 from fastsae.serve.metrics import UNSTEERED
 from fastsae.serve.seats import EngineError, EngineFull, Job
 from fastsae.serve.state import Server
 from fastsae.serve.text import TextStream
+from fastsae.steering.control import Decision
 
 log = logging.getLogger("uvicorn.error")
 

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import dataclass, field
 
 from fastsae.errors import FastsaeError
-from fastsae.serve.control import Decision
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling
+from fastsae.steering.control import Decision
 from fastsae.steering.site import Rows, Site
 
 LINGER = 10.0  # seconds that a request which was left stays named: it may be in a batch still

@@ -1,12 +1,22 @@
-"""Which of the requests that name a policy are steered: hold-outs, and the latency guard."""
+"""Which of the requests that name a policy are steered: hold-outs, and the latency guard.
+
+The same for every server; nothing here knows an engine.
+"""
 
 import collections
 import hashlib
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from fastsae.serve.policies import Entry
+from fastsae.errors import FastsaeError
+
+
+class Entry(Protocol):
+    """A policy as a server holds it; the policy's name and `required` are what counts here."""
+
+    policy: Any
+    holdout: float
 
 
 class Decision(NamedTuple):
@@ -19,6 +29,18 @@ class Decision(NamedTuple):
     @property
     def steered(self) -> bool:
         return self.entry is not None and self.reason == "steered"
+
+
+def checked_holdout(share: Any, required: bool) -> float:
+    """The share of a policy's requests that stay unsteered: in [0, 1), 0 for a required policy."""
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0 <= share < 1:
+        raise FastsaeError(f"holdout: expected a share in [0, 1), got {share!r}")
+    if share and required:
+        raise FastsaeError(
+            "holdout: a required policy must steer every request; make one of the two untrue"
+        )
+    return float(share)
 
 
 def in_holdout(entry: Entry, key: str) -> bool:
