@@ -13,9 +13,10 @@ from fastsae.errors import FastsaeError
 
 
 class Entry(Protocol):
-    """A policy as a server holds it; the policy's name and `required` are what counts here."""
+    """A policy as a server holds it. policy: anything with its name, label, digest, required."""
 
     policy: Any
+    layer: int | str
     holdout: float
 
 
@@ -91,3 +92,16 @@ def decide(entry: Entry | None, strength: float, key: str, guard: LatencyGuard) 
     if not entry.policy.required and guard.exceeded():
         return Decision(entry, strength, "latency")
     return Decision(entry, strength, "steered")
+
+
+def described(decision: Decision) -> dict[str, Any]:
+    """What was asked and what was done, for responses and audit lines of every server."""
+    entry = decision.entry
+    return {
+        "policy": None if entry is None else entry.policy.label,
+        "digest": None if entry is None else entry.policy.digest,
+        "layer": None if entry is None else entry.layer,
+        "strength": decision.strength,
+        "steered": decision.steered,
+        "reason": decision.reason,
+    }

@@ -180,8 +180,45 @@ def test_what_cannot_be_steered_is_a_400(server):
     assert call(f"{server.url}/v1/completions", inside).status == 400
     beams = completion(server, UNSTEERED | {"steering": steering}) | {"use_beam_search": True}
     assert call(f"{server.url}/v1/completions", beams).status == 400
-    other = {"model": "tiny", "input": "Hello", "steering": steering}
-    assert call(f"{server.url}/v1/responses", other).status == 400
+
+
+def test_every_other_route_that_takes_a_body_refuses_the_field(server):
+    """Whatever this vLLM serves: a route is steered, or says that it cannot be."""
+    listed = json.loads(call(f"{server.url}/openapi.json").text)["paths"]
+    routes = {path for path, methods in listed.items() if "post" in methods}
+    steered = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+    assert steered < routes and {"/tokenize", "/v1/messages/count_tokens"} < routes
+    body = {"model": "tiny", "prompt": "Hello", "input": "Hello", "steering": {"policy": "p0"}}
+    for route in sorted(routes - steered):
+        answer = call(f"{server.url}{route}", body)
+        assert answer.status == 400 and "cannot be steered" in answer.text, route
+
+
+def test_responses_and_messages_are_steered_as_chats(server):
+    said = [{"role": "user", "content": "Hello there"}]
+    shared = {"model": "tiny", "temperature": 0}
+
+    def chat(**more):
+        body = shared | {"messages": said, "max_tokens": 12, **more}
+        answer = json.loads(call(f"{server.url}/v1/chat/completions", body).text)
+        return answer["choices"][0]["message"]["content"]
+
+    def response(**more):
+        body = shared | {"input": said, "max_output_tokens": 12, **more}
+        answer = call(f"{server.url}/v1/responses", body)
+        assert answer.status == 200, answer.text
+        return json.loads(answer.text)["output"][-1]["content"][0]["text"]
+
+    def message(**more):
+        body = shared | {"messages": said, "max_tokens": 12, **more}
+        answer = call(f"{server.url}/v1/messages", body)
+        assert answer.status == 200, answer.text
+        return json.loads(answer.text)["content"][-1]["text"]
+
+    steering = {"policy": "p1"}
+    assert chat() == response() == message()
+    assert chat() != chat(steering=steering) == response(steering=steering)
+    assert chat(steering=steering) == message(steering=steering)
 
 
 def test_admin_routes_need_their_own_key(server):
@@ -213,10 +250,110 @@ def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
     assert generate().status == 400
 
 
+def added(strength):
+    operation = {"op": "add", "features": [3], "strength": strength}
+    return {"name": "changing", "operations": [operation]}
+
+
+def stream(server, body):
+    """Yields the tokens of each chunk."""
+    data = json.dumps(body | {"stream": True}).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                yield chunk["choices"][0]["token_ids"] or []
+
+
+def test_a_running_request_keeps_the_policy_it_began_with(server, crowd):
+    url = f"{server.url}/fastsae/policies"
+    body = completion(server, crowd[3] | {"steering": {"policy": "changing"}, "tokens": 200})
+
+    def generate():
+        return tokens_of(call(f"{server.url}/v1/completions", body))
+
+    assert call(url, added(9.0), method="POST", headers=KEY).status == 200
+    before = generate()
+    for change in ("PUT", "DELETE"):
+        running = stream(server, body)
+        tokens = next(running)
+        if change == "PUT":
+            assert call(url, added(-9.0), method="PUT", headers=KEY).status == 200
+            after = generate()
+            assert after != before
+        else:
+            assert call(f"{url}/changing", method="DELETE", headers=KEY).status == 200
+            assert call(f"{server.url}/v1/completions", body).status == 400
+        for more in running:
+            tokens += more
+        assert tokens == before
+        before = after
+    wait_until_idle(server)
+
+
+def test_policies_that_come_and_go_never_give_a_500_or_a_wrong_policy(server, crowd):
+    """Eight clients ask for a policy while it is replaced, deleted and loaded, without a pause."""
+    url = f"{server.url}/fastsae/policies"
+    body = completion(server, crowd[3] | {"steering": {"policy": "changing"}, "tokens": 6})
+    known = []
+    for strength in (9.0, -9.0):
+        assert call(url, added(strength), method="PUT", headers=KEY).status == 200
+        known.append(tokens_of(call(f"{server.url}/v1/completions", body)))
+    assert known[0] != known[1]
+
+    def ask(_):
+        answer = call(f"{server.url}/v1/completions", body)
+        if answer.status == 400:
+            return "" if "there is no policy 'changing'" in answer.text else answer.text
+        right = answer.status == 200 and tokens_of(answer) in known
+        return "" if right else f"{answer.status} {answer.text}"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, i) for i in range(200)]
+        changes = 0
+        while not all(answer.done() for answer in answers):
+            sign = 1 if changes % 2 else -1
+            assert call(url, added(9.0 * sign), method="PUT", headers=KEY).status == 200
+            if changes % 3 == 0:
+                assert call(f"{url}/changing", method="DELETE", headers=KEY).status == 200
+            changes += 1
+    complaints = [answer.result() for answer in answers if answer.result()]
+    assert not complaints and changes > 3, complaints[:5]
+    call(f"{url}/changing", method="DELETE", headers=KEY)
+    wait_until_idle(server)
+
+
+def test_a_held_out_request_is_unsteered_and_counted_as_such(server, crowd, expected):
+    url = f"{server.url}/fastsae/policies"
+    policy = added(9.0) | {"name": "tried"}
+    for wrong in ({"holdout": 2}, {"holdout": 0.5, "x": 1}):
+        assert call(url, {"policy": policy, **wrong}, method="POST", headers=KEY).status == 400
+    required = {"policy": policy | {"required": True}, "holdout": 0.5}
+    assert "required" in call(url, required, method="POST", headers=KEY).text
+    asked = {"policy": policy, "holdout": 0.5}
+    assert call(url, asked, method="POST", headers=KEY).status == 200
+    plain = expected(crowd[3] | {"steering": None})
+    request = crowd[3] | {"steering": {"policy": "tried"}}
+    size, seen = len(server.audit.read_text().splitlines()), []
+    for user in range(12):
+        body = completion(server, request, user=f"user {user}")
+        seen.append(tokens_of(call(f"{server.url}/v1/completions", body)) == plain)
+    lines = [json.loads(line) for line in server.audit.read_text().splitlines()[size:]]
+    assert [line["reason"] == "holdout" for line in lines] == seen
+    assert [not line["steered"] for line in lines] == seen and 1 < sum(seen) < 11
+    label = '{arm="holdout",policy="tried",status="200"}'
+    metrics = call(f"{server.url}/metrics").text
+    assert f"fastsae_requests_total{label} {float(sum(seen))}" in metrics
+    assert call(f"{url}/tried", method="DELETE", headers=KEY).status == 200
+
+
 def test_metrics_and_the_audit_log_tell_of_steered_requests_only(server, crowd):
     def counted():
         lines = call(f"{server.url}/metrics").text.splitlines()
-        name = 'fastsae_requests_total{policy="p2@1",status="200"}'
+        name = 'fastsae_requests_total{arm="steered",policy="p2@1",status="200"}'
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     before, size = counted(), len(server.audit.read_text().splitlines())
@@ -286,9 +423,6 @@ def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd
         request = crowd[1]
         assert tokens_of(call(url, completion(server, request))) == expected(request)
         longer = completion(server, request | {"tokens": 300})
-        # Eight run at a time: some do at any moment.
-        running = [pool.submit(call, url, longer) for _ in range(64)]
-        time.sleep(0.5)
         listed = subprocess.run(
             ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)],
             capture_output=True,
@@ -296,21 +430,38 @@ def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd
         ).stdout
         engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
         assert engines, listed
+        running = [pool.submit(call, url, longer) for _ in range(32)]
+        first_token_of(server, longer)  # the engine is at work
+        for pid in engines:
+            os.kill(pid, signal.SIGSTOP)
+        # Nothing that comes to a stopped engine can be answered, however long any of this takes.
+        waiting = [pool.submit(call, url, longer) for _ in range(8)]
         for pid in engines:
             os.kill(pid, signal.SIGKILL)
-        lost = 0
-        for future in running:  # every client hears of it, none waits for ever
-            try:
-                answer = future.result(timeout=60)
-            except (OSError, http.client.HTTPException):  # cut off before or within the answer
-                lost += 1
-                continue
-            lost += answer.status >= 500
-            assert answer.status >= 500 or len(tokens_of(answer)) == 300
-        assert lost > 0
+        lost = [is_lost(future) for future in running + waiting]  # none waits for ever
+        assert all(lost[len(running) :])
         server.process.wait(timeout=60)
     with start() as server:
         status = status_of(server)
         assert status["armed"] and not any(status["in_use"])
         answer = call(f"{server.url}/v1/completions", completion(server, request))
         assert tokens_of(answer) == expected(request)
+
+
+def first_token_of(server, body) -> None:
+    """Returns when the request's first token has come; the client then hangs up."""
+    data = json.dumps(body | {"stream": True}).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert answer.readline().startswith(b"data: {")
+
+
+def is_lost(future) -> bool:
+    try:
+        answer = future.result(timeout=90)
+    except (OSError, http.client.HTTPException) as error:  # cut off before or within the answer
+        assert not isinstance(error, TimeoutError), "a client waited for ever"
+        return True
+    assert answer.status >= 500 or len(tokens_of(answer)) == 300
+    return answer.status >= 500

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 
 from fastsae.errors import FastsaeError
+from fastsae.steering.control import checked_holdout
 from fastsae.steering.policy import Policy
 from fastsae.steering.vllm.requests import (
     Footprint,
@@ -27,8 +28,8 @@ class EngineSteering:
         self.lock = threading.Lock()  # requests are resolved in the thread that receives them
         self.sites = self._armed()
         for site, asked in enumerate(settings.sites):
-            for policy in asked.read_policies():
-                self.load(site, policy, replace=False)
+            for policy, holdout in asked.read_policies():
+                self.load(site, policy, holdout, replace=False)
 
     def _workers(self, **asked) -> list[dict]:
         answers = self.core.model_executor.collective_rpc(KEY, args=(json.dumps(asked),))
@@ -53,9 +54,9 @@ class EngineSteering:
         """Name → policy, and the cache salt of requests steered like this one. None: strength 0."""
         params = copy.copy(request.sampling_params)
         params.extra_args = dict(params.extra_args)
-        wish = Wish.of(params.extra_args.pop(KEY), self.settings.max_strength)
+        wish = Wish.of(params.extra_args.pop(KEY), self.settings.max_strength, found=True)
         with self.lock:
-            loaded = self.registry.find(wish.policy)
+            loaded = self.registry.looked_up(wish.policy, wish.digest)
         if wish.strength:
             resolved = {
                 "site": loaded.site,
@@ -86,7 +87,8 @@ class EngineSteering:
                         raise FastsaeError(
                             f"site: got {site}, this server has {len(self.settings.sites)}"
                         )
-                    loaded = self.load(site, Policy.from_dict(spelled), replace=do == "replace")
+                    policy, share = Policy.from_dict(spelled), asked.get("holdout", 0.0)
+                    loaded = self.load(site, policy, share, replace=do == "replace")
                     return json.dumps(_described(loaded))
                 case {"do": "delete", "policy": str(label)}:
                     with self.lock:
@@ -95,8 +97,9 @@ class EngineSteering:
         except FastsaeError as error:
             return json.dumps({"error": str(error)})
 
-    def load(self, site: int, policy: Policy, *, replace: bool) -> Loaded:
-        loaded = Loaded(site, policy, self._checked(site, policy))
+    def load(self, site: int, policy: Policy, holdout: float = 0.0, *, replace: bool) -> Loaded:
+        share = checked_holdout(holdout, policy.required)
+        loaded = Loaded(site, policy, self._checked(site, policy), share)
         with self.lock:
             self.registry.add(loaded, replace=replace)
         return loaded
@@ -135,6 +138,7 @@ def _described(loaded: Loaded) -> dict:
         "digest": policy.digest,
         "site": loaded.site,
         "required": policy.required,
+        "holdout": loaded.holdout,
     }
 
 

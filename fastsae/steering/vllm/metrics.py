@@ -1,40 +1,40 @@
-"""Prometheus metrics of steered requests, shown by vLLM's own /metrics."""
+"""Prometheus metrics of requests that name a policy, shown by vLLM's own /metrics."""
 
 import functools
 
+from fastsae.steering.control import Decision
+
 
 class Metrics:
-    """Per policy: requests by status, seconds to the first byte of the answer and to its last."""
+    """Labels as in `fastsae serve`. policy: name@version of a loaded one, so that labels stay few;
+    arm: what was decided, `Decision.reason`."""
 
     def __init__(self, registry=None):
-        from prometheus_client import REGISTRY, Counter, Histogram
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-        registry = registry or REGISTRY
+        named = {"registry": registry or REGISTRY, "namespace": "fastsae"}
+        labels = ("policy", "arm")
         self.requests = Counter(
-            "fastsae_requests",
-            "Steered requests by policy and HTTP status",
-            ["policy", "status"],
-            registry=registry,
+            "requests", "Ended requests that name a policy", (*labels, "status"), **named
         )
         self.first_byte = Histogram(
-            "fastsae_first_byte_seconds",
-            "Steered requests: seconds to the first byte of the answer",
-            ["policy"],
-            registry=registry,
+            "first_byte_seconds", "To the first byte of the answer", labels, **named
         )
-        self.seconds = Histogram(
-            "fastsae_request_seconds",
-            "Steered requests: seconds to the last byte of the answer",
-            ["policy"],
-            registry=registry,
+        self.seconds = Histogram("request_seconds", "A request, whole", labels, **named)
+        self.guard = Gauge(
+            "latency_guard_open",
+            "1 while optional policies are dropped",
+            multiprocess_mode="max",
+            **named,
         )
 
-    def done(self, policy: str, status: int, first: float | None, seconds: float) -> None:
-        """A request that ended. policy: the label of a loaded one, so that labels stay few."""
-        self.requests.labels(policy, str(status)).inc()
+    def done(self, decision: Decision, status: int, first: float | None, seconds: float) -> None:
+        """A request that ended. status: of HTTP, 0 when no answer began."""
+        labels = (decision.entry.policy.label, decision.reason)
+        self.requests.labels(*labels, str(status)).inc()
         if first is not None:
-            self.first_byte.labels(policy).observe(first)
-        self.seconds.labels(policy).observe(seconds)
+            self.first_byte.labels(*labels).observe(first)
+        self.seconds.labels(*labels).observe(seconds)
 
 
 @functools.cache

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastsae.errors import FastsaeError
 from fastsae.models import Hook, resolve_hook
+from fastsae.steering.control import checked_holdout
 from fastsae.steering.policy import Policy
 from fastsae.steering.table import Capacity
 
@@ -20,12 +22,20 @@ class SiteSettings(NamedTuple):
     sae_id: str | None
     layer: int | str | None
     policies: str | None
+    holdout: Mapping[str, float] = MappingProxyType({})  # by policy, as name@version
 
-    def read_policies(self) -> list[Policy]:
-        if self.policies is None:
-            return []
-        given = Policy.from_file(self.policies)
-        return given if isinstance(given, list) else [given]
+    def read_policies(self) -> list[tuple[Policy, float]]:
+        """The policies of the file, each with the share of its requests that stay unsteered."""
+        given = [] if self.policies is None else Policy.from_file(self.policies)
+        listed = given if isinstance(given, list) else [given]
+        labels = [policy.label for policy in listed]
+        for label in self.holdout:
+            if label not in labels:
+                raise FastsaeError(
+                    f"holdout: there is no policy {label!r} in the policies file; it has "
+                    f"{', '.join(labels) or 'none'}"
+                )
+        return [(policy, self.holdout.get(policy.label, 0.0)) for policy in listed]
 
     def load_sae(self):
         from fastsae.sae import SAE
@@ -40,7 +50,8 @@ class Settings(NamedTuple):
     first_token: bool
     max_strength: float
     admin_keys: str | None  # a file with a key per line
-    audit: str | None  # a file that gets a line per steered request
+    audit: str | None  # a file that gets a line per request that names a policy
+    latency_budget_ms: float | None = None  # per token; above it optional policies are dropped
 
     def read_admin_keys(self) -> list[str]:
         if self.admin_keys is None:
@@ -52,9 +63,9 @@ class Settings(NamedTuple):
         return [line.strip() for line in lines if line.strip()]
 
 
-_SITE = ("sae", "sae_id", "layer", "policies")
+_SITE = ("sae", "sae_id", "layer", "policies", "holdout")
 _ALL = ("sites", *Capacity._fields, "membership", "first_token", "max_strength")
-_ALL += ("admin_keys", "audit")
+_ALL += ("admin_keys", "audit", "latency_budget_ms")
 
 
 def from_config(additional_config: Any) -> Settings | None:
@@ -75,6 +86,9 @@ def from_config(additional_config: Any) -> Settings | None:
     strongest = fields.get("max_strength", 100.0)
     if not is_number(strongest) or strongest <= 0:
         raise FastsaeError(f"fastsae.max_strength: expected a number above 0, got {strongest!r}")
+    budget = fields.get("latency_budget_ms")
+    if budget is not None and (not is_number(budget) or budget <= 0):
+        raise FastsaeError(f"fastsae.latency_budget_ms: expected a number above 0, got {budget!r}")
     return Settings(
         tuple(_site(f"fastsae.sites[{i}]", site) for i, site in enumerate(sites)),
         Capacity(**{n: fields[n] for n in Capacity._fields if n in fields}).checked(),
@@ -83,6 +97,7 @@ def from_config(additional_config: Any) -> Settings | None:
         float(strongest),
         _text("fastsae.admin_keys", fields.get("admin_keys")),
         _text("fastsae.audit", fields.get("audit")),
+        budget,
     )
 
 
@@ -108,7 +123,16 @@ def _site(where: str, given: Any) -> SiteSettings:
     layer = fields.get("layer")
     if layer is not None:
         resolve_hook(layer)
-    return SiteSettings(layer=layer, **texts)
+    shares = fields.get("holdout", {})
+    if not isinstance(shares, Mapping):
+        raise FastsaeError(f'{where}.holdout: expected {{"name@version": share}}, got {shares!r}')
+    holdout = {}
+    for label, share in shares.items():
+        try:
+            holdout[label] = checked_holdout(share, False)
+        except FastsaeError as error:
+            raise FastsaeError(f"{where}.holdout[{label!r}]: {error}") from error
+    return SiteSettings(layer=layer, holdout=holdout, **texts)
 
 
 def _text(where: str, given: Any) -> str | None:
