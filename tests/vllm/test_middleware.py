@@ -8,6 +8,7 @@ import pytest
 
 from fastsae.steering.control import LatencyGuard
 from fastsae.steering.table import Capacity
+from fastsae.steering.vllm.metrics import Metrics
 from fastsae.steering.vllm.middleware import SteeringMiddleware
 from fastsae.steering.vllm.settings import Settings
 
@@ -25,7 +26,7 @@ class Client:
         self.status, self.asked, self.dies, self.errored = status or ANSWER, 0, dies, False
 
     async def collective_rpc(self, method, args):
-        assert method == "fastsae" and json.loads(args[0]) == {"do": "status"}
+        assert method == "fastsae" and json.loads(args[0])["do"] in ("status", "watch")
         self.asked += 1
         if self.dies:  # as vLLM's own call to a dead engine: nobody ever answers
             self.errored = True
@@ -244,3 +245,70 @@ def test_every_steered_request_is_counted_and_recorded(tmp_path):
     wanted |= {"steered": True, "reason": "steered"}
     assert wanted.items() <= lines[0].items()
     assert lines[0]["request"] != lines[1]["request"]
+
+
+NUMBERS = {
+    "policy": "a@1",
+    "layer": 2,
+    "tokens": 4,
+    "not_finite": 1,
+    "gate": {"opened": 3, "closed": 1},
+    "features": {"7": {"sum": 6.0, "max": 2.5}},
+    "left_out": [],
+    "dose": {"sum": 2.0, "max": 0.75},
+    "seconds": 0.25,
+}
+
+
+def test_a_scrape_shows_what_the_workers_added_up_until_the_policy_leaves():
+    from prometheus_client import CollectorRegistry
+
+    metrics = Metrics(registry := CollectorRegistry())
+    metrics.show({"a@1": NUMBERS, "b": NUMBERS | {"gate": None, "seconds": None, "tokens": 0}})
+
+    def value(name, **labels):
+        return registry.get_sample_value(
+            f"fastsae_{name}", {"policy": "a@1", "layer": "2"} | labels
+        )
+
+    assert value("watched_tokens_total") == 4 and value("not_finite_tokens_total") == 1
+    assert value("gate_tokens_total", gate="opened") == 3
+    assert value("gate_tokens_total", gate="closed") == 1
+    assert value("feature_mean", feature="7") == 1.5 and value("feature_max", feature="7") == 2.5
+    assert value("dose_mean") == 0.5 and value("dose_max") == 0.75
+    assert value("policy_seconds_total") == 0.25
+    assert value("policy_seconds_total", policy="b") is value("dose_max", policy="b") is None
+    metrics.show({"b": NUMBERS})
+    assert value("dose_max") is None and value("dose_max", policy="b") == 0.75
+
+
+def test_scrapes_ask_the_engine_at_most_once_a_second_and_outlive_it():
+    asked = []
+
+    class Watched:
+        errored = False
+
+        async def collective_rpc(self, method, args):
+            asked.append(json.loads(args[0]))
+            return [json.dumps({"watched": {"a@1": NUMBERS}})]
+
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def scrapes(client, times):
+        settings = Settings((), Capacity(), 0, False, 10.0, None, None)
+        state = SimpleNamespace(engine_client=client)
+        middleware = SteeringMiddleware(application, settings, state, ROUTES, LatencyGuard(None))
+        sent = []
+
+        async def send(message):
+            sent.append(message["status"])
+
+        scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": []}
+        for _ in range(times):
+            await middleware(scope, None, send)
+        return sent
+
+    assert asyncio.run(scrapes(Watched(), 5)) == [200] * 5 and asked == [{"do": "watch"}]
+    assert asyncio.run(scrapes(Client(dies=True), 1)) == [200]
+    assert asyncio.run(scrapes(None, 1)) == [200]

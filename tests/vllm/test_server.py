@@ -38,7 +38,7 @@ def start(folder, tiny, environment, tmp_path_factory):
     (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
 
     @contextlib.contextmanager
-    def started():
+    def started(**more):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -48,7 +48,8 @@ def start(folder, tiny, environment, tmp_path_factory):
             flag = "--" + name.replace("_", "-")
             flags += [flag] if value is True else [flag, str(value)]
         audit = elsewhere / f"{port}.jsonl"
-        more = {"admin_keys": str(elsewhere / "keys"), "audit": str(audit), "max_policies": 6}
+        keys = str(elsewhere / "keys")
+        more = {"admin_keys": keys, "audit": str(audit), "max_policies": 6} | more
         settings = tiny.settings(folder, **more)
         flags += ["--additional-config", json.dumps(settings)]
         log = (elsewhere / f"{port}.log").open("w+")
@@ -333,7 +334,9 @@ def test_a_held_out_request_is_unsteered_and_counted_as_such(server, crowd, expe
         assert call(url, {"policy": policy, **wrong}, method="POST", headers=KEY).status == 400
     required = {"policy": policy | {"required": True}, "holdout": 0.5}
     assert "required" in call(url, required, method="POST", headers=KEY).text
-    asked = {"policy": policy, "holdout": 0.5}
+    asked = {"policy": policy, "holdout": 0.5, "watch": [999]}
+    assert "999" in call(url, asked, method="POST", headers=KEY).text
+    asked["watch"] = [17]
     assert call(url, asked, method="POST", headers=KEY).status == 200
     plain = expected(crowd[3] | {"steering": None})
     request = crowd[3] | {"steering": {"policy": "tried"}}
@@ -347,6 +350,8 @@ def test_a_held_out_request_is_unsteered_and_counted_as_such(server, crowd, expe
     label = '{arm="holdout",policy="tried",status="200"}'
     metrics = call(f"{server.url}/metrics").text
     assert f"fastsae_requests_total{label} {float(sum(seen))}" in metrics
+    watched = json.loads(call(f"{server.url}/fastsae/watched", headers=KEY).text)["watched"]
+    assert set(watched["tried"]["features"]) == {"3", "17"} and watched["tried"]["tokens"] > 0
     assert call(f"{url}/tried", method="DELETE", headers=KEY).status == 200
 
 
@@ -357,9 +362,16 @@ def test_metrics_and_the_audit_log_tell_of_steered_requests_only(server, crowd):
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     before, size = counted(), len(server.audit.read_text().splitlines())
+    call(f"{server.url}/v1/completions", completion(server, crowd[5]))
+    before, size = counted(), len(server.audit.read_text().splitlines())
+    time.sleep(1.1)  # metrics of the workers are at most a second old
     for request in (crowd[2], crowd[30]):
         call(f"{server.url}/v1/completions", completion(server, request))
     assert counted() == before + 1
+    shown = call(f"{server.url}/metrics").text
+    assert 'fastsae_dose_max{layer="2",policy="p2@1"}' in shown
+    assert 'fastsae_feature_mean{feature="7",layer="2",policy="p2@1"}' in shown
+    assert 'fastsae_gate_tokens_total{gate="closed",layer="2",policy="p5@1"}' in shown
     (line,) = server.audit.read_text().splitlines()[size:]
     recorded = json.loads(line)
     assert recorded["policy"] == "p2@1" and recorded["layer"] == 2 and recorded["status"] == 200
@@ -441,11 +453,31 @@ def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd
         lost = [is_lost(future) for future in running + waiting]  # none waits for ever
         assert all(lost[len(running) :])
         server.process.wait(timeout=60)
-    with start() as server:
+    with start(latency_budget_ms=1e-6) as server:  # for the guard, below
         status = status_of(server)
         assert status["armed"] and not any(status["in_use"])
         answer = call(f"{server.url}/v1/completions", completion(server, request))
         assert tokens_of(answer) == expected(request)
+        drop_optional_policies(server, crowd[1], expected)
+
+
+def drop_optional_policies(server, request, expected):
+    """No token is as fast as this server's budget asks for: the guard opens, and optional policies
+    are dropped, required ones never."""
+    url, policies = f"{server.url}/v1/completions", f"{server.url}/fastsae/policies"
+    operations = [{"op": "add", "features": [3], "strength": 9.0}]  # those of p1
+    must = {"name": "must", "required": True, "operations": operations}
+    assert call(policies, must, method="POST", headers=KEY).status == 200
+    plain = expected(request | {"steering": None})
+    for _ in range(5):  # the guard looks at the last seconds only
+        call(url, completion(server, request | {"tokens": 100}))
+        dropped = tokens_of(call(url, completion(server, request))) == plain
+        kept = request | {"steering": {"policy": "must"}}
+        assert tokens_of(call(url, completion(server, kept))) == expected(request) != plain
+        if dropped:
+            break
+    last = [json.loads(line) for line in server.audit.read_text().splitlines()[-2:]]
+    assert [line["reason"] for line in last] == ["latency", "steered"]
 
 
 def first_token_of(server, body) -> None:

@@ -26,6 +26,7 @@ class Endpoints:
 
         router = APIRouter(prefix="/fastsae")
         router.add_api_route("/status", self._route(self.status), methods=["GET"])
+        router.add_api_route("/watched", self._route(self.watched), methods=["GET"])
         router.add_api_route("/policies", self._route(self.load), methods=["POST"])
         router.add_api_route("/policies", self._route(self.replace), methods=["PUT"])
         router.add_api_route("/policies/{policy}", self._route(self.delete), methods=["DELETE"])
@@ -61,6 +62,9 @@ class Endpoints:
     async def status(self, request) -> dict:
         return await ask_engine(self.state, {"do": "status"})
 
+    async def watched(self, request) -> dict:
+        return await ask_engine(self.state, {"do": "watch"})
+
     async def load(self, request) -> dict:
         return await self._put(request, "load")
 
@@ -73,7 +77,7 @@ class Endpoints:
         return await ask_engine(self.state, asked)
 
     async def _put(self, request, do: str) -> dict:
-        """Body: a policy as a file spells it, or {"policy": …, "holdout": 0.1}.
+        """Body: a policy as a file spells it, or {"policy": …, "holdout": 0.1, "watch": [7]}.
 
         ?site=1 for another SAE than the first.
         """
@@ -89,7 +93,9 @@ class Endpoints:
             raise FastsaeError(f"body: not JSON: {error}") from error
         fields = policy if isinstance(policy, dict) and "policy" in policy else {"policy": policy}
         for name in fields:
-            if name not in ("policy", "holdout"):
-                raise FastsaeError(f"body: unknown key {name!r}; accepted are policy, holdout")
+            if name not in ("policy", "holdout", "watch"):
+                raise FastsaeError(
+                    f"body: unknown key {name!r}; accepted are policy, holdout, watch"
+                )
         self.state.fastsae_known = ({}, 0.0)
         return await ask_engine(self.state, {"do": do, "site": int(site), **fields})

@@ -1,6 +1,8 @@
 """Prometheus metrics of requests that name a policy, shown by vLLM's own /metrics."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 from fastsae.steering.control import Decision
 
@@ -28,6 +30,36 @@ class Metrics:
             **named,
         )
 
+        # Gauges, though they only grow: the workers add up, and several API servers show the same.
+        of = ("policy", "layer")
+        self.watched = {
+            name: Gauge(name, about, more, multiprocess_mode="mostrecent", **named)
+            for name, about, more in (
+                ("watched_tokens_total", "Steered tokens", of),
+                ("not_finite_tokens_total", "Tokens that steering could not finish", of),
+                ("gate_tokens_total", "Steered tokens by their gate", (*of, "gate")),
+                ("feature_mean", "Activation before steering, mean", (*of, "feature")),
+                ("feature_max", "Activation before steering, max", (*of, "feature")),
+                ("dose_mean", "Relative change of a token, |r - x| / |x|, mean", of),
+                ("dose_max", "Relative change of a token, |r - x| / |x|, max", of),
+                ("policy_seconds_total", "Wall time of steering; on a CPU only", of),
+            )
+        }
+        self._shown: set[tuple[str, tuple[str, ...]]] = set()
+
+    def show(self, watched: dict[str, dict]) -> None:
+        """watched: Watch.read by policy label, with layer and seconds; what has left goes."""
+        shown = set()
+        for label, numbers in watched.items():
+            of = (label, str(numbers["layer"]))
+            for name, more, value in samples(numbers):
+                self.watched[name].labels(*of, *more).set(value)
+                shown.add((name, (*of, *more)))
+        for name, labels in self._shown - shown:
+            with contextlib.suppress(KeyError):
+                self.watched[name].remove(*labels)
+        self._shown = shown
+
     def done(self, decision: Decision, status: int, first: float | None, seconds: float) -> None:
         """A request that ended. status: of HTTP, 0 when no answer began."""
         labels = (decision.entry.policy.label, decision.reason)
@@ -35,6 +67,23 @@ class Metrics:
         if first is not None:
             self.first_byte.labels(*labels).observe(first)
         self.seconds.labels(*labels).observe(seconds)
+
+
+def samples(numbers: dict) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Metric, labels after the policy's and its layer's, value."""
+    tokens = numbers["tokens"]
+    yield "watched_tokens_total", (), tokens
+    yield "not_finite_tokens_total", (), numbers["not_finite"]
+    for side, count in (numbers["gate"] or {}).items():
+        yield "gate_tokens_total", (side,), count
+    if numbers["seconds"] is not None:
+        yield "policy_seconds_total", (), numbers["seconds"]
+    if tokens:
+        yield "dose_mean", (), numbers["dose"]["sum"] / tokens
+        yield "dose_max", (), numbers["dose"]["max"]
+        for feature, each in numbers["features"].items():
+            yield "feature_mean", (str(feature),), each["sum"] / tokens
+            yield "feature_max", (str(feature),), each["max"]
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 vLLM accepts and ignores fields it does not know: without this, a client could believe it steers.
 """
 
+import asyncio
+import contextlib
 import json
 import re
 import time
@@ -17,6 +19,7 @@ from fastsae.steering.vllm.requests import Wish
 from fastsae.steering.vllm.settings import KEY, Settings
 
 FIELD = "steering"
+SCRAPE_SECONDS = 5.0
 TRUSTED_SECONDS = 1.0  # how long a list of policies is good: another server may have changed one
 CARRIERS = ("vllm_xargs", "sampling_params", "extra_args", "extra_body")  # fields within fields
 FORM = re.compile(rb'(?:\bname="?|^|&)steering["=;\s]')
@@ -62,8 +65,11 @@ class SteeringMiddleware:
         self.app, self.settings, self.state = app, settings, app_state
         self.routes, self.guard = tuple(routes), guard
         self.audit, self.metrics = Audit(settings.audit), shared()
+        self._scraped = -TRUSTED_SECONDS
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and scope["method"] == "GET" and _path(scope) == "/metrics":
+            await self._watched()
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         messages, body = await _read(receive)
@@ -122,7 +128,7 @@ class SteeringMiddleware:
         given = fields.pop(FIELD, None)
         if given is None:
             return body, None
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path(scope)
         if path not in self.routes:
             routes = ", ".join(self.routes)
             raise Refused(400, f"{FIELD}: {path} cannot be steered; those that can are {routes}")
@@ -152,6 +158,18 @@ class SteeringMiddleware:
             raise Refused(400, f"{FIELD}: forms cannot be steered, only JSON bodies")
         return body, None
 
+    async def _watched(self) -> None:
+        """Before a scrape, at most once a second: what the workers added up on their device."""
+        now = time.monotonic()
+        if not self.settings.watch or now < self._scraped + TRUSTED_SECONDS:
+            return
+        self._scraped = now
+        # A dead or busy engine must not hide the other metrics: they are shown with older numbers.
+        with contextlib.suppress(EngineGone, TimeoutError):
+            async with asyncio.timeout(SCRAPE_SECONDS):
+                answer = await ask_engine(self.state, {"do": "watch"})
+                self.metrics.show(answer.get("watched", {}))
+
     async def _must_exist(self, wish: Wish) -> Known:
         """What the engine says of the policy; asked again when the answer is old or has no such."""
         known, until = getattr(self.state, "fastsae_known", ({}, 0.0))
@@ -174,6 +192,10 @@ class SteeringMiddleware:
                 400, f"steering.policy: there is no policy {wish.policy!r}; loaded are {labels}"
             )
         return known[wish.policy]
+
+
+def _path(scope) -> str:
+    return scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
 
 
 def _known(told: dict, sites: list[dict]) -> Known:

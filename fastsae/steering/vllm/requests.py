@@ -69,6 +69,7 @@ class Loaded(NamedTuple):
     policy: Policy
     footprint: Footprint
     holdout: float = 0.0
+    watch: tuple[int, ...] = ()  # features to watch, besides those the policy names
 
 
 class Registry:
@@ -84,7 +85,8 @@ class Registry:
         self._gone: OrderedDict[str, Loaded] = OrderedDict()  # by digest
         self._kept = kept
 
-    def add(self, loaded: Loaded, *, replace: bool) -> None:
+    def add(self, loaded: Loaded, *, replace: bool) -> Loaded | None:
+        """Admits a policy; what it takes the place of."""
         policy = loaded.policy
         if policy.name is None:
             raise FastsaeError("name: a served policy needs one, requests ask for it by name")
@@ -101,6 +103,7 @@ class Registry:
             self._retire(before)
         self._by_label[policy.label] = loaded
         self._latest[policy.name] = policy.label
+        return None if before == loaded else before
 
     def remove(self, label: str) -> Loaded:
         gone = self.find(label)
