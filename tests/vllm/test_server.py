@@ -1,115 +1,26 @@
-"""A real server over HTTP: the steering field, admin routes, a killed engine, random requests."""
+"""A real server over HTTP: the steering field, admin routes, random requests."""
 
 import concurrent.futures
 import contextlib
-import http.client
+import importlib.util
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-KEY = {"X-Fastsae-Key": "a-second-key"}
-
-
-def call(url, body=None, *, method=None, headers=(), timeout=60):
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"content-type": "application/json", **dict(headers)}
-    request = urllib.request.Request(url, data, sent, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            status, text = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read()
-    return SimpleNamespace(status=status, text=text.decode(errors="replace"))
-
-
-@pytest.fixture(scope="module")
-def start(folder, tiny, environment, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("server")
-    (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
-
-    @contextlib.contextmanager
-    def started(**more):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments = tiny.engine_arguments(folder)
-        flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
-        for name, value in arguments.items():
-            flag = "--" + name.replace("_", "-")
-            flags += [flag] if value is True else [flag, str(value)]
-        audit = elsewhere / f"{port}.jsonl"
-        keys = str(elsewhere / "keys")
-        more = {"admin_keys": keys, "audit": str(audit), "max_policies": 6} | more
-        settings = tiny.settings(folder, **more)
-        flags += ["--additional-config", json.dumps(settings)]
-        log = (elsewhere / f"{port}.log").open("w+")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
-            cwd=elsewhere,
-            env=environment | {"VLLM_PLUGINS": "fastsae"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        url = f"http://127.0.0.1:{port}"
-        server = SimpleNamespace(process=process, url=url, audit=audit)
-        try:
-            for _ in range(240):
-                assert process.poll() is None, open(log.name).read()[-6000:]
-                with contextlib.suppress(OSError):
-                    if call(f"{url}/health").status == 200:
-                        break
-                time.sleep(1)
-            yield server
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            log.close()
-
-    return started
+_spec = importlib.util.spec_from_file_location("client", Path(__file__).with_name("client.py"))
+client = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(client)
+call, completion, tokens_of = client.call, client.completion, client.tokens_of
+status_of, stream, KEY = client.status_of, client.stream, client.KEY
 
 
 @pytest.fixture(scope="module")
 def server(start):
     with start() as server:
         yield server
-
-
-def completion(server, request, **more):
-    body = {
-        "model": "tiny",
-        "prompt": request["prompt"],
-        "max_tokens": request["tokens"],
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **more,
-    }
-    if request["steering"] is not None:
-        body["steering"] = request["steering"]
-    return body
-
-
-def tokens_of(answer) -> list[int]:
-    assert answer.status == 200, answer.text
-    return json.loads(answer.text)["choices"][0]["token_ids"]
-
-
-def status_of(server):
-    answer = call(f"{server.url}/fastsae/status", headers=KEY)
-    assert answer.status == 200, answer.text
-    return json.loads(answer.text)
 
 
 def wait_until_idle(server):
@@ -254,19 +165,6 @@ def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
 def added(strength):
     operation = {"op": "add", "features": [3], "strength": strength}
     return {"name": "changing", "operations": [operation]}
-
-
-def stream(server, body):
-    """Yields the tokens of each chunk."""
-    data = json.dumps(body | {"stream": True}).encode()
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/v1/completions", data, headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        for line in answer:
-            if line.startswith(b"data: {"):
-                chunk = json.loads(line[6:])
-                assert "error" not in chunk, chunk
-                yield chunk["choices"][0]["token_ids"] or []
 
 
 def test_a_running_request_keeps_the_policy_it_began_with(server, crowd):
@@ -427,73 +325,3 @@ def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected, re
         complaints = [text for text in pool.map(one, plan) if text]
     assert not complaints, f"{len(complaints)} of {requests}: {complaints[:5]}"
     wait_until_idle(server)
-
-
-def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd, expected):
-    with start() as server, concurrent.futures.ThreadPoolExecutor(64) as pool:
-        url = f"{server.url}/v1/completions"
-        request = crowd[1]
-        assert tokens_of(call(url, completion(server, request))) == expected(request)
-        longer = completion(server, request | {"tokens": 300})
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
-        engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
-        assert engines, listed
-        running = [pool.submit(call, url, longer) for _ in range(32)]
-        first_token_of(server, longer)  # the engine is at work
-        for pid in engines:
-            os.kill(pid, signal.SIGSTOP)
-        # Nothing that comes to a stopped engine can be answered, however long any of this takes.
-        waiting = [pool.submit(call, url, longer) for _ in range(8)]
-        for pid in engines:
-            os.kill(pid, signal.SIGKILL)
-        lost = [is_lost(future) for future in running + waiting]  # none waits for ever
-        assert all(lost[len(running) :])
-        server.process.wait(timeout=60)
-    with start(latency_budget_ms=1e-6) as server:  # for the guard, below
-        status = status_of(server)
-        assert status["armed"] and not any(status["in_use"])
-        answer = call(f"{server.url}/v1/completions", completion(server, request))
-        assert tokens_of(answer) == expected(request)
-        drop_optional_policies(server, crowd[1], expected)
-
-
-def drop_optional_policies(server, request, expected):
-    """No token is as fast as this server's budget asks for: the guard opens, and optional policies
-    are dropped, required ones never."""
-    url, policies = f"{server.url}/v1/completions", f"{server.url}/fastsae/policies"
-    operations = [{"op": "add", "features": [3], "strength": 9.0}]  # those of p1
-    must = {"name": "must", "required": True, "operations": operations}
-    assert call(policies, must, method="POST", headers=KEY).status == 200
-    plain = expected(request | {"steering": None})
-    for _ in range(5):  # the guard looks at the last seconds only
-        call(url, completion(server, request | {"tokens": 100}))
-        dropped = tokens_of(call(url, completion(server, request))) == plain
-        kept = request | {"steering": {"policy": "must"}}
-        assert tokens_of(call(url, completion(server, kept))) == expected(request) != plain
-        if dropped:
-            break
-    last = [json.loads(line) for line in server.audit.read_text().splitlines()[-2:]]
-    assert [line["reason"] for line in last] == ["latency", "steered"]
-
-
-def first_token_of(server, body) -> None:
-    """Returns when the request's first token has come; the client then hangs up."""
-    data = json.dumps(body | {"stream": True}).encode()
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(f"{server.url}/v1/completions", data, headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        assert answer.readline().startswith(b"data: {")
-
-
-def is_lost(future) -> bool:
-    try:
-        answer = future.result(timeout=90)
-    except (OSError, http.client.HTTPException) as error:  # cut off before or within the answer
-        assert not isinstance(error, TimeoutError), "a client waited for ever"
-        return True
-    assert answer.status >= 500 or len(tokens_of(answer)) == 300
-    return answer.status >= 500
