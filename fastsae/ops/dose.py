@@ -5,9 +5,12 @@ from torch import Tensor
 
 
 def relative_change(x: Tensor, r: Tensor) -> Tensor:
-    """‖r − x‖ / ‖x‖ per token: x, r [..., D] of any float type -> [...] float32; 0 where r = x."""
+    """‖r − x‖ / ‖x‖ per token: x, r [..., D] of any float type -> [...] float32.
+
+    0 where r = x, infinite where only x is 0, NaN where r or x has NaN.
+    """
     change = (r.float() - x.float()).norm(dim=-1)
-    return torch.where(change > 0, change / x.float().norm(dim=-1), 0.0)
+    return torch.where(change == 0, 0.0, change / x.float().norm(dim=-1))
 
 
 def clamp(x: Tensor, r: Tensor, limit: float) -> Tensor:
