@@ -5,14 +5,17 @@ alone change. On a CPU the op looks at its flags and leaves at once when no row 
 GPU it must not look (a captured graph runs no Python), and slot 0 of the steer kernel does nothing.
 """
 
+import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+from fastsae.ops.dose import clamp
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.steer import SteerTable, steer
+from fastsae.ops.watch import WatchTable, watch_
 
 
 class MemberTable(NamedTuple):
@@ -44,6 +47,11 @@ def steer_residual_(
     stages: Tensor | None = None,
     members: MemberTable | None = None,
     k: int = 0,
+    *,
+    dose: float | None = None,
+    watched: Tensor | None = None,
+    watch: WatchTable | None = None,
+    seconds: Tensor | None = None,
 ) -> None:
     """hidden + residual becomes `steer(hidden + residual)`, row by row and in place.
 
@@ -54,8 +62,16 @@ def steer_residual_(
 
     stages [2M + 2, ≥ T] int32 serves policies whose operations ask for membership in the k largest
     of the whole dictionary: table slot, member slot, table slot, …, table slot, and the slot of the
-    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`.
+    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`. On a CPU the
+    dictionary is encoded for the rows that ask for it; a captured graph encodes all.
+
+    dose: the largest ‖r − x‖ / ‖x‖ of a row, moved back to it (ops/dose.py). watched [≥ T] int32
+    and watch: slots of a WatchTable, which the rows with a policy are added to, after the dose.
+    seconds [S] float64: on a CPU, this op's wall time, to the watched slots by their rows.
     """
+    read, sums, maxima = [], None, None
+    if watch is not None:
+        *read, sums, maxima = watch
     torch.ops.fastsae.steer_residual_(
         hidden,
         residual,
@@ -66,12 +82,34 @@ def steer_residual_(
         stages,
         [] if members is None else list(members),
         k,
+        dose or 0.0,
+        watched,
+        read,
+        sums,
+        maxima,
+        seconds,
     )
 
 
-def steer_residual(hidden, residual, active, slots, strengths, table, stages, members, k) -> None:
+def steer_residual(
+    hidden,
+    residual,
+    active,
+    slots,
+    strengths,
+    table,
+    stages,
+    members,
+    k,
+    dose,
+    watched,
+    watch,
+    sums,
+    maxima,
+    seconds,
+) -> None:
     """The implementation behind the op's schema."""
-    on_cpu = hidden.is_cpu
+    began, on_cpu = time.perf_counter(), hidden.is_cpu
     steered, staged = active.tolist() if on_cpu else (1, stages is not None)
     if not (steered or staged):
         return
@@ -95,6 +133,11 @@ def steer_residual(hidden, residual, active, slots, strengths, table, stages, me
     if staged:
         stage = stages[:, :rows] if index is None else stages[:, index]
         y = _staged(x, y, stage, strengths, SteerTable(*table), MemberTable(*members), k)
+    if dose:
+        y = clamp(x, y, dose)
+    if watched is not None:
+        watched = watched[:rows] if index is None else watched[:rows][index]
+        watch_(x, y, watched, WatchTable(*watch, sums, maxima))
     # A row nobody changed keeps both its parts: their rounded sum is not what the next layer adds.
     changed = (y != x).any(-1, keepdim=True)
     target = flat if other is None else other
@@ -103,10 +146,13 @@ def steer_residual(hidden, residual, active, slots, strengths, table, stages, me
         if other is not None:
             flat.masked_fill_(changed, 0)
         return
-    index = index[changed[:, 0]]
-    target[index] = y[changed[:, 0]].to(target.dtype)
+    moved = index[changed[:, 0]]
+    target[moved] = y[changed[:, 0]].to(target.dtype)
     if other is not None:
-        flat[index] = 0
+        flat[moved] = 0
+    if seconds is not None:
+        shares = torch.bincount(watched, minlength=len(seconds)) / max(1, len(watched))
+        seconds += shares.double() * (time.perf_counter() - began)
 
 
 def _staged(x, y, stage, strengths, table, members, k) -> Tensor:
@@ -139,6 +185,16 @@ def _gather(x: Tensor, weights: Tensor, slot: Tensor) -> Tensor:
 
 
 def _amplify_members(r, slot, strengths, members, k) -> Tensor:
+    if r.is_cpu:  # where we may look: an encode of the dictionary for the rows that need it
+        index = slot.nonzero()[:, 0]
+        if not len(index):
+            return r
+        some = _members_of(r[index], slot[index], strengths[index], members, k)
+        return r.index_copy(0, index, some)
+    return _members_of(r, slot, strengths, members, k)
+
+
+def _members_of(r, slot, strengths, members, k) -> Tensor:
     values, indices = encode_topk(r, members.W_enc, members.b_enc, k, b_dec=members.b_dec)
     member = indices.unsqueeze(-1) == members.feature[slot].unsqueeze(1)  # [N, k, J]
     acts = torch.where(member, values.unsqueeze(-1), 0).sum(-2)

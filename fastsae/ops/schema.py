@@ -32,7 +32,9 @@ for schema in (
     " -> (Tensor scores, Tensor indices)",
     "steer(Tensor x, Tensor slots, Tensor strengths, Tensor[] table, str backend) -> Tensor",
     "steer_residual_(Tensor(a!) hidden, Tensor(b!)? residual, Tensor active, Tensor slots,"
-    " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k) -> ()",
+    " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k, float dose,"
+    " Tensor? watched, Tensor[] watch, Tensor(c!)? sums, Tensor(d!)? maxima,"
+    " Tensor(e!)? seconds) -> ()",
 ):
     lib.define(schema)
 
@@ -211,7 +213,7 @@ def _(x, slots, strengths, table, backend):
 
 
 @_fake("steer_residual_")
-def _(hidden, residual, active, slots, strengths, table, stages, members, k):
+def _(hidden, residual, active, slots, strengths, table, stages, members, k, dose, *watch):
     return None
 
 

@@ -15,9 +15,9 @@ from fastsae.serve.audit import Audit
 from fastsae.serve.engine import Engine, chat_tokens
 from fastsae.serve.errors import ApiError
 from fastsae.serve.policies import PolicyStore
-from fastsae.serve.running import described
 from fastsae.serve.schemas import ChatCompletion, Completion
 from fastsae.serve.state import Server, Settings
+from fastsae.steering.control import described
 
 
 def create_app(

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsae.errors import FastsaeError
 from fastsae.steering import Policy
+from fastsae.steering.control import checked_holdout
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,7 @@ class Entry:
         if any(type(feature) is not int or feature < 0 for feature in listed):
             raise FastsaeError(f"watch: expected a list of features ≥ 0, got {self.watch!r}")
         object.__setattr__(self, "watch", tuple(listed))
-        share = self.holdout
-        number = isinstance(share, int | float) and not isinstance(share, bool)
-        if not number or not 0 <= share < 1:
-            raise FastsaeError(f"holdout: expected a share in [0, 1), got {share!r}")
-        if share and self.policy.required:
-            raise FastsaeError(
-                "holdout: a required policy must steer every request; make one of the two untrue"
-            )
+        checked_holdout(self.holdout, self.policy.required)
         if self.policy.name is None:
             raise FastsaeError("name: missing; requests name a policy as name@version, or name")
 

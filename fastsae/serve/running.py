@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from fastsae.serve.control import Decision
 from fastsae.serve.errors import ApiError
 from fastsae.serve.metrics import UNSTEERED
 from fastsae.serve.seats import EngineError, EngineFull, Job
 from fastsae.serve.state import Server
 from fastsae.serve.text import TextStream
+from fastsae.steering.control import described
 
 log = logging.getLogger("uvicorn.error")
 
@@ -85,19 +85,6 @@ async def pieces(server: Server, job: Job, index: int, stops: list[str]) -> Asyn
             prompt = server.engine.tokenizer.decode(job.tokens)
             record |= {"prompt": prompt, "text": stream.text}
         server.audit.record(**record)
-
-
-def described(decision: Decision) -> dict:
-    """What was asked and what was done, for responses and audit lines alike."""
-    entry = decision.entry
-    return {
-        "policy": None if entry is None else entry.id,
-        "digest": None if entry is None else entry.policy.digest,
-        "layer": None if entry is None else entry.layer,
-        "strength": decision.strength,
-        "steered": decision.steered,
-        "reason": decision.reason,
-    }
 
 
 async def merged(server: Server, jobs: list[Job], stops: list[str]) -> AsyncIterator[Piece]:

@@ -7,9 +7,9 @@ import uuid
 from dataclasses import dataclass, field
 
 from fastsae.errors import FastsaeError
-from fastsae.serve.control import Decision
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling
+from fastsae.steering.control import Decision
 from fastsae.steering.lower import check_features
 from fastsae.steering.site import Rows, Site
 

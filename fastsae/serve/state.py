@@ -10,13 +10,13 @@ from pydantic import ValidationError
 
 from fastsae.errors import FastsaeError
 from fastsae.serve.audit import Audit
-from fastsae.serve.control import LatencyGuard, decide
 from fastsae.serve.engine import Engine
 from fastsae.serve.errors import ApiError
 from fastsae.serve.metrics import Metrics, Watched
 from fastsae.serve.policies import PolicyStore
 from fastsae.serve.sampling import Sampling
 from fastsae.serve.seats import Job
+from fastsae.steering.control import LatencyGuard, decide
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from fastsae import Policy, add
 from fastsae.errors import FastsaeError
 from fastsae.serve import seats
 from fastsae.serve.app import create_app
-from fastsae.serve.control import Decision
 from fastsae.serve.engine import Engine
 from fastsae.serve.policies import Entry, PolicyStore
 from fastsae.serve.sampling import Sampling
 from fastsae.serve.seats import EngineError, EngineFull, Job
 from fastsae.serve.state import Settings
+from fastsae.steering.control import Decision
 
 transformers = pytest.importorskip("transformers")
 LAYER, NEW = 0, 6

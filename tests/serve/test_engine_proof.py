@@ -8,11 +8,11 @@ import pytest
 
 from fastsae import Policy, add
 from fastsae.errors import FastsaeError
-from fastsae.serve.control import Decision
 from fastsae.serve.engine import PAGE, Engine
 from fastsae.serve.policies import Entry
 from fastsae.serve.sampling import Sampling
 from fastsae.serve.seats import EngineError, Job
+from fastsae.steering.control import Decision
 from fastsae.steering.positions import Where
 
 pytest.importorskip("transformers")

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from fastsae.errors import FastsaeError
-from fastsae.serve import control
 from fastsae.serve.audit import Audit
-from fastsae.serve.control import LatencyGuard, decide, in_holdout
 from fastsae.serve.policies import Entry, PolicyStore
 from fastsae.serve.sampling import HEAD, Sampling, draw
 from fastsae.serve.text import TextStream
-from fastsae.steering import Policy, ablate
+from fastsae.steering import Policy, ablate, control
+from fastsae.steering.control import LatencyGuard, decide, in_holdout
 
 
 def entry(name="p", version="1", **more):

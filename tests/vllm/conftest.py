@@ -1,5 +1,6 @@
 """vLLM in an environment of its own (`make test-vllm`); elsewhere only what needs no vLLM runs."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -12,20 +13,32 @@ import pytest
 
 HERE = Path(__file__).parent
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
+WITH_VLLM = ("engine", "killed", "middleware", "server")
 # The middleware counts with prometheus_client, which every vLLM brings along.
-collect_ignore = [] if HAS_VLLM else ["test_engine.py", "test_server.py", "test_middleware.py"]
+collect_ignore = [] if HAS_VLLM else [f"test_{name}.py" for name in WITH_VLLM]
 
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz-requests", type=int, default=1500, help="random requests to a server")
 
 
-@pytest.fixture(scope="session")
-def tiny():
-    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
+def _module(name: str):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return _module("tiny")
+
+
+@pytest.fixture(scope="module")
+def start(tiny, folder, environment, tmp_path_factory):
+    """Starts a server; arguments are settings of the plugin."""
+    elsewhere = tmp_path_factory.mktemp("server")
+    return functools.partial(_module("client").started, tiny, folder, environment, elsewhere)
 
 
 @pytest.fixture(scope="session")
@@ -92,14 +105,18 @@ def expected(folder, tiny):
     policies = {policy.label: policy for policy in Policy.from_file(folder / "policies.json")}
     model.generation_config.eos_token_id = None
 
-    def tokens(request) -> list[int]:
+    def tokens(request, dose=None) -> list[int]:
         ids = torch.tensor([request["prompt"]])
         asked = {"max_new_tokens": request["tokens"], "do_sample": False, "pad_token_id": 0}
         if request["steering"] is None:
             return model.generate(ids, **asked)[0, ids.shape[1] :].tolist()
         wish = request["steering"]
         with fastsae.steer(
-            model, sae, policies[wish["policy"]], strength=wish.get("strength", 1.0)
+            model,
+            sae,
+            policies[wish["policy"]],
+            strength=wish.get("strength", 1.0),
+            dose=dose,
         ):
             return model.generate(ids, **asked)[0, ids.shape[1] :].tolist()
 

@@ -9,6 +9,7 @@ import torch
 
 import fastsae
 from fastsae import Policy
+from fastsae.steering.dose import Dose
 from fastsae.steering.table import Capacity
 from fastsae.steering.vllm import batch
 from fastsae.steering.vllm.layer import SteeredLayer
@@ -16,6 +17,7 @@ from fastsae.steering.vllm.settings import Settings, SiteSettings
 from fastsae.steering.vllm.worker import WorkerSteering
 
 D = 16
+LOG = "vllm.plugins.fastsae"
 
 
 @pytest.fixture
@@ -126,6 +128,18 @@ def test_prompts_of_embeddings_have_a_length(begin):
     request = new("a", policy("generated"))
     request.prompt_token_ids, request.prompt_embeds = None, torch.zeros(3, D)
     assert begin([("a", 5, 0)], fresh=[request]) == [0, 0, 0, 1, 1]
+
+
+def test_a_dose_above_the_limit_is_logged_once(begin, steering, caplog):
+    layer = SteeredLayer(steering.layers[0].sae, Capacity(), 0, 24, "cpu", Dose(0.5), watch=4)
+    steering.layers[0], strong = layer, Policy(fastsae.add(1, 50.0), name="strong")
+    for name, wish, moves in (("a", policy(), 0), ("b", strong, 1), ("c", strong, 0)):
+        caplog.clear()
+        begin([(name, 6, 0)], fresh=[new(name, wish)])
+        layer(torch.randn(6, D), None)
+        begin([], finished=[name])
+        said = [record.getMessage() for record in caplog.records if record.name == LOG]
+        assert len(said) == moves and all("policy strong moved a token by" in text for text in said)
 
 
 def test_dummy_forwards_are_not_steered(begin, steering):

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from fastsae.steering.dose import Dose
+
 
 @pytest.fixture(scope="module")
 def unsteered(crowd):
@@ -25,6 +27,7 @@ def eager(run_engine, crowd, unsteered, contamination):
     p = {"name": "late", "operations": [{"op": "add", "features": [3], "strength": 1.0}]}
     too_far = {"name": "far", "operations": [{"op": "ablate", "features": [999]}]}
     commands = [
+        {"do": "watch"},
         {"do": "load", "site": 0, "policy": p},
         {"do": "load", "site": 0, "policy": p | {"norm": "preserve"}},
         {"do": "replace", "site": 0, "policy": p | {"norm": "preserve"}},
@@ -75,8 +78,21 @@ def test_the_prefix_cache_is_shared_only_by_requests_steered_alike(eager, contam
     assert cached[:4] == [0, 0, 0, 0] and min(cached[4:]) >= 128
 
 
+def test_what_was_done_to_each_policys_tokens_is_known(eager):
+    watched, worker = ran(eager).answers[0]["watched"], eager.status["workers"][0]
+    assert set(watched) == {f"p{i}@1" for i in range(8)}
+    assert sum(each["tokens"] for each in watched.values()) == worker["steered_rows"] > 0
+    for each in watched.values():
+        assert each["not_finite"] == 0 and each["seconds"] > 0
+        assert 0 < each["dose"]["sum"] / each["tokens"] < each["dose"]["max"] < 10
+    gate = watched["p5@1"]["gate"]
+    assert gate["opened"] > 0 < gate["closed"] and watched["p0@1"]["gate"] is None
+    assert gate["opened"] + gate["closed"] == watched["p5@1"]["tokens"]
+    assert watched["p0@1"]["features"].keys() == {"1", "5", "9"}
+
+
 def test_policies_are_loaded_replaced_and_deleted(eager):
-    load, again, replaced, far, deleted, gone, nowhere = ran(eager).answers
+    load, again, replaced, far, deleted, gone, nowhere = ran(eager).answers[1:]
     assert load["policy"] == "late" and replaced["digest"] != load["digest"]
     assert "replace it" in again["error"]
     assert "features: 999 is out of range" in far["error"]
@@ -124,17 +140,26 @@ def test_chunks_preemption_and_a_full_table(run_engine, tiny, crowd, expected):
     assert idle(result.status)
 
 
-def test_two_ranks_steer_as_one(run_engine, crowd, expected):
+def test_two_ranks_steer_as_one_within_a_dose(run_engine, folder, crowd, expected):
+    site = {"sae": str(folder / "sae"), "policies": str(folder / "policies.json")}
+    site["dose"] = {"limit": 0.5, "action": "clamp"}
     result = ran(
         run_engine(
             [crowd],
+            settings={"sites": [site]},
+            commands=[{"do": "watch"}],
             environ={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},  # one NUMA node serves two ranks
             tensor_parallel_size=2,
             max_num_batched_tokens=128,
             kv_cache_memory_bytes=16 << 20,
         )
     )
-    assert result.outputs[0] == [expected(request) for request in crowd]
+    within = [expected(request, Dose(0.5, "clamp")) for request in crowd]
+    assert result.outputs[0] == within != [expected(request) for request in crowd]
+    watched = result.answers[0]["watched"].values()
+    assert max(each["dose"]["max"] for each in watched) == pytest.approx(0.5, rel=1e-3)
+    counted = sum(each["tokens"] for each in watched)
+    assert counted == result.status["workers"][0]["steered_rows"]  # of one rank, not of both
     rows = {worker["steered_rows"] for worker in result.status["workers"]}
     assert len(result.status["workers"]) == 2 and len(rows) == 1 and idle(result.status)
 

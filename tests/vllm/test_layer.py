@@ -6,6 +6,9 @@ from torch import nn
 
 import fastsae
 from fastsae import FastsaeError, Policy
+from fastsae.ops import residual
+from fastsae.ops.encode import encode_topk
+from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.table import Capacity
 from fastsae.steering.vllm.layer import SteeredLayer, residual_parts
 
@@ -36,7 +39,7 @@ def sae():
 
 @pytest.fixture
 def layer(sae):
-    return SteeredLayer(sae, Capacity(max_policies=8), 1, TOKENS, "cpu")
+    return SteeredLayer(sae, Capacity(max_policies=8), 1, TOKENS, "cpu", watch=40)
 
 
 class Decoder(nn.Module):
@@ -118,6 +121,90 @@ def test_one_graph_follows_the_buffers(sae, layer):
         if policy is not None:
             wanted[1:5] = by_hugging_face(sae, policy, 1.0, wanted)[1:5]
         assert torch.equal(compiled(h.clone(), r.clone()), wanted)
+
+
+def test_a_dose_is_clamped_row_by_row_and_idle_rows_keep_their_bits(sae):
+    limit, x = 0.3, torch.randn(12, D)
+    layer = SteeredLayer(
+        sae, Capacity(max_policies=8), 1, TOKENS, "cpu", Dose(limit, "clamp"), watch=40
+    )
+    plan = [(1, 4, PLAIN, 0.05), (4, 7, PLAIN, 3.0), (7, 10, MEMBER, 4.0)]
+    layer.fill([(a, b, layer.acquire(policy), s) for a, b, policy, s in plan])
+    new = x.clone()
+    layer(new, None)
+    assert torch.equal(new[[0, 10, 11]], x[[0, 10, 11]])
+    for begin, end, policy, strength in plan:
+        free = by_hugging_face(sae, policy, strength, x)[begin:end]
+        before = x[begin:end]
+        assert torch.equal(new[begin:end], clamp(before, free, limit))
+        far = relative_change(before, free) > limit
+        assert bool(far.any()) == bool(far.all()) == (strength > 1)
+    torch.testing.assert_close(relative_change(x[4:10], new[4:10]), torch.full((6,), limit))
+    assert layer.numbers()[PLAIN.digest]["dose"]["max"] == pytest.approx(limit)
+
+
+def test_what_steering_does_is_added_up_by_policy(sae, layer):
+    x, sums = torch.randn(20, D), {policy.label: [0, 0, 0.0] for policy in (PLAIN, GATED, MEMBER)}
+    for shift in range(3):
+        plan = [(1, 6, PLAIN, 1.0), (7, 12, GATED, 1.0), (13, 14 + shift, MEMBER, 2.0)]
+        layer.fill([(a, b, layer.acquire(policy), s) for a, b, policy, s in plan])
+        new = x.clone()
+        layer(new, None)
+        for begin, end, policy, _ in plan:
+            moved = relative_change(x[begin:end], new[begin:end])
+            into = sums[policy.label]
+            into[0] += end - begin
+            into[1] += int((moved > 0).sum())
+            into[2] += float(moved.sum())
+            layer.release(policy)
+        layer.fill([])
+        layer(new, None)  # a step without steering adds nothing
+    numbers = layer.numbers()
+    for policy in (PLAIN, GATED, MEMBER):
+        seen, (tokens, opened, dose) = numbers[policy.digest], sums[policy.label]
+        assert seen["policy"] == policy.label and seen["tokens"] == tokens
+        assert seen["dose"]["sum"] == pytest.approx(dose, rel=1e-5) and seen["seconds"] > 0
+        if policy.gate is not None:
+            assert seen["gate"] == {"opened": opened, "closed": tokens - opened}
+            assert 0 < opened < tokens
+    centre = sae.b_dec if sae.config.apply_b_dec_to_input else 0
+    h = ((x - centre) @ sae.W_enc.T + sae.b_enc).detach()
+    watched = numbers[PLAIN.digest]["features"]
+    assert set(watched) == {1, 5, 9}
+    for feature, each in watched.items():
+        wanted = h[1:6, feature].relu()
+        assert each["sum"] == pytest.approx(3 * float(wanted.sum()), rel=1e-4, abs=1e-5)
+        assert each["max"] == pytest.approx(float(wanted.max()), rel=1e-4, abs=1e-5)
+    assert SteeredLayer(sae, Capacity(), 0, TOKENS, "cpu").numbers() == {}
+
+
+def test_a_policy_that_left_begins_at_nothing_when_it_returns(layer):
+    for also, watched in (((), {3, 2, 4}), ((60,), {3, 2, 4, 60})):
+        layer.check(GATED, also)
+        for _ in range(2):
+            layer.fill([(0, 5, layer.acquire(GATED, also), 1.0)])
+            layer(torch.randn(8, D), None)
+            layer.release(GATED)
+        numbers = layer.numbers()[GATED.digest]
+        assert numbers["tokens"] == 10 and set(numbers["features"]) == watched
+        layer.forget(GATED.digest)
+        assert layer.numbers() == {}
+    with pytest.raises(FastsaeError, match="features: 96 is out of range"):
+        layer.check(GATED, [96])
+
+
+def test_the_dictionary_is_encoded_only_for_rows_that_ask_for_it(sae, layer, monkeypatch):
+    encoded = []
+
+    def counting(x, *arguments, **kinds):
+        encoded.append(len(x))
+        return encode_topk(x, *arguments, **kinds)
+
+    monkeypatch.setattr(residual, "encode_topk", counting)
+    for plan in ([], [(0, 9, PLAIN)], [(0, 9, PLAIN), (9, 12, MEMBER), (12, 14, FINISHED)]):
+        layer.fill([(a, b, layer.acquire(policy), 1.0) for a, b, policy in plan])
+        layer(torch.randn(20, D), None)
+    assert encoded == [5]  # the rows of MEMBER and FINISHED in the last step
 
 
 def test_slots_are_counted_and_given_back(layer):

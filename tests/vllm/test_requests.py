@@ -1,5 +1,6 @@
 """The steering field, policies by name, what is in use, whose cache is whose, and the settings."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +30,10 @@ def test_a_wish_is_read_from_json_and_from_a_dictionary():
     assert Wish.of('{"policy": "a", "strength": 2}', 10) == Wish("a", 2.0)
     assert Wish.of({"policy": "a"}, 10) == Wish("a", 1.0)
     assert Wish.of(Wish("a", 2.0).to_json(), 10) == Wish("a", 2.0)
+    told = Wish("a", 2.0, "ab12")
+    assert Wish.of(told.to_json(), 10, found=True) == told
+    with pytest.raises(FastsaeError, match="unknown key 'digest'"):
+        Wish.of(told.to_json(), 10)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +64,23 @@ def test_a_name_alone_is_the_version_loaded_last():
     registry.remove("a")
     with pytest.raises(FastsaeError, match="no policy 'a'; loaded are none"):
         registry.find("a")
+
+
+def test_a_policy_that_leaves_is_there_for_requests_that_were_told_of_it():
+    registry = Registry(kept=2)
+    old, new = loaded("a"), loaded("a", feature=2)
+    registry.add(old, replace=False)
+    registry.add(new, replace=True)
+    assert registry.looked_up("a", old.policy.digest) == old
+    assert registry.looked_up("a", new.policy.digest) == registry.looked_up("a", None) == new
+    registry.remove("a")
+    assert registry.looked_up("a", new.policy.digest) == new and registry.listed() == []
+    with pytest.raises(FastsaeError, match="no policy 'a'"):
+        registry.looked_up("a", None)
+    registry.add(loaded("b"), replace=False)
+    registry.remove("b")  # the third to leave
+    with pytest.raises(FastsaeError, match="'a' was deleted or replaced; ask again"):
+        registry.looked_up("a", old.policy.digest)
 
 
 def test_other_content_under_the_same_label_must_be_a_replacement():
@@ -185,9 +207,31 @@ def test_settings_are_read_and_unknown_keys_refused():
         ({"sites": [site], "first_token": 1}, "first_token"),
         ({"sites": [site], "max_policies": 0}, "max_policies"),
         ({"sites": [site], "max_strength": 0}, "max_strength"),
+        ({"sites": [site], "latency_budget_ms": 0}, "latency_budget_ms"),
+        ({"sites": [site], "watch": -1}, "watch"),
+        ({"sites": [site | {"dose": {"limit": 0}}]}, r"sites\[0\].dose.limit: "),
+        ({"sites": [site | {"dose": {"limit": 1, "action": "stop"}}]}, "dose.action: expected"),
+        ({"sites": [site | {"dose": {"limit": 1, "action": "refuse"}}]}, '"refuse" must stop'),
+        ({"sites": [site | {"dose": {"limit": 1}}], "watch": 0}, '"warn" needs watching'),
+        ({"sites": [site | {"holdout": 0.5}]}, r"sites\[0\].holdout: expected"),
+        ({"sites": [site | {"holdout": {"a": 1}}]}, r"holdout\['a'\]: .*share in \[0, 1\)"),
     ):
         with pytest.raises(FastsaeError, match=says):
             from_config({"fastsae": wrong})
+
+
+def test_hold_outs_belong_to_policies_of_the_file(tmp_path):
+    file = tmp_path / "policies.json"
+    policies = [loaded("a", "1").policy.to_dict(), loaded("b").policy.to_dict()]
+    file.write_text(json.dumps(policies))
+    site = {"sae": "folder", "policies": str(file), "holdout": {"a@1": 0.25}}
+    (read,) = from_config({"fastsae": {"sites": [site]}}).sites
+    assert [(policy.label, share) for policy, share in read.read_policies()] == [
+        ("a@1", 0.25),
+        ("b", 0.0),
+    ]
+    with pytest.raises(FastsaeError, match="no policy 'a' in the policies file; it has a@1, b"):
+        read._replace(holdout={"a": 0.25}).read_policies()
 
 
 def test_admin_keys_come_from_a_file(tmp_path):

@@ -1,114 +1,26 @@
-"""A real server over HTTP: the steering field, admin routes, a killed engine, random requests."""
+"""A real server over HTTP: the steering field, admin routes, random requests."""
 
 import concurrent.futures
 import contextlib
-import http.client
+import importlib.util
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
-KEY = {"X-Fastsae-Key": "a-second-key"}
-
-
-def call(url, body=None, *, method=None, headers=(), timeout=60):
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"content-type": "application/json", **dict(headers)}
-    request = urllib.request.Request(url, data, sent, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            status, text = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read()
-    return SimpleNamespace(status=status, text=text.decode(errors="replace"))
-
-
-@pytest.fixture(scope="module")
-def start(folder, tiny, environment, tmp_path_factory):
-    elsewhere = tmp_path_factory.mktemp("server")
-    (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
-
-    @contextlib.contextmanager
-    def started():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        arguments = tiny.engine_arguments(folder)
-        flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
-        for name, value in arguments.items():
-            flag = "--" + name.replace("_", "-")
-            flags += [flag] if value is True else [flag, str(value)]
-        audit = elsewhere / f"{port}.jsonl"
-        more = {"admin_keys": str(elsewhere / "keys"), "audit": str(audit), "max_policies": 6}
-        settings = tiny.settings(folder, **more)
-        flags += ["--additional-config", json.dumps(settings)]
-        log = (elsewhere / f"{port}.log").open("w+")
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
-            cwd=elsewhere,
-            env=environment | {"VLLM_PLUGINS": "fastsae"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        url = f"http://127.0.0.1:{port}"
-        server = SimpleNamespace(process=process, url=url, audit=audit)
-        try:
-            for _ in range(240):
-                assert process.poll() is None, open(log.name).read()[-6000:]
-                with contextlib.suppress(OSError):
-                    if call(f"{url}/health").status == 200:
-                        break
-                time.sleep(1)
-            yield server
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            log.close()
-
-    return started
+_spec = importlib.util.spec_from_file_location("client", Path(__file__).with_name("client.py"))
+client = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(client)
+call, completion, tokens_of = client.call, client.completion, client.tokens_of
+status_of, stream, KEY = client.status_of, client.stream, client.KEY
 
 
 @pytest.fixture(scope="module")
 def server(start):
     with start() as server:
         yield server
-
-
-def completion(server, request, **more):
-    body = {
-        "model": "tiny",
-        "prompt": request["prompt"],
-        "max_tokens": request["tokens"],
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,
-        **more,
-    }
-    if request["steering"] is not None:
-        body["steering"] = request["steering"]
-    return body
-
-
-def tokens_of(answer) -> list[int]:
-    assert answer.status == 200, answer.text
-    return json.loads(answer.text)["choices"][0]["token_ids"]
-
-
-def status_of(server):
-    answer = call(f"{server.url}/fastsae/status", headers=KEY)
-    assert answer.status == 200, answer.text
-    return json.loads(answer.text)
 
 
 def wait_until_idle(server):
@@ -180,8 +92,45 @@ def test_what_cannot_be_steered_is_a_400(server):
     assert call(f"{server.url}/v1/completions", inside).status == 400
     beams = completion(server, UNSTEERED | {"steering": steering}) | {"use_beam_search": True}
     assert call(f"{server.url}/v1/completions", beams).status == 400
-    other = {"model": "tiny", "input": "Hello", "steering": steering}
-    assert call(f"{server.url}/v1/responses", other).status == 400
+
+
+def test_every_other_route_that_takes_a_body_refuses_the_field(server):
+    """Whatever this vLLM serves: a route is steered, or says that it cannot be."""
+    listed = json.loads(call(f"{server.url}/openapi.json").text)["paths"]
+    routes = {path for path, methods in listed.items() if "post" in methods}
+    steered = {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"}
+    assert steered < routes and {"/tokenize", "/v1/messages/count_tokens"} < routes
+    body = {"model": "tiny", "prompt": "Hello", "input": "Hello", "steering": {"policy": "p0"}}
+    for route in sorted(routes - steered):
+        answer = call(f"{server.url}{route}", body)
+        assert answer.status == 400 and "cannot be steered" in answer.text, route
+
+
+def test_responses_and_messages_are_steered_as_chats(server):
+    said = [{"role": "user", "content": "Hello there"}]
+    shared = {"model": "tiny", "temperature": 0}
+
+    def chat(**more):
+        body = shared | {"messages": said, "max_tokens": 12, **more}
+        answer = json.loads(call(f"{server.url}/v1/chat/completions", body).text)
+        return answer["choices"][0]["message"]["content"]
+
+    def response(**more):
+        body = shared | {"input": said, "max_output_tokens": 12, **more}
+        answer = call(f"{server.url}/v1/responses", body)
+        assert answer.status == 200, answer.text
+        return json.loads(answer.text)["output"][-1]["content"][0]["text"]
+
+    def message(**more):
+        body = shared | {"messages": said, "max_tokens": 12, **more}
+        answer = call(f"{server.url}/v1/messages", body)
+        assert answer.status == 200, answer.text
+        return json.loads(answer.text)["content"][-1]["text"]
+
+    steering = {"policy": "p1"}
+    assert chat() == response() == message()
+    assert chat() != chat(steering=steering) == response(steering=steering)
+    assert chat(steering=steering) == message(steering=steering)
 
 
 def test_admin_routes_need_their_own_key(server):
@@ -213,16 +162,114 @@ def test_policies_are_loaded_replaced_and_deleted_while_serving(server, crowd):
     assert generate().status == 400
 
 
+def added(strength):
+    operation = {"op": "add", "features": [3], "strength": strength}
+    return {"name": "changing", "operations": [operation]}
+
+
+def test_a_running_request_keeps_the_policy_it_began_with(server, crowd):
+    url = f"{server.url}/fastsae/policies"
+    body = completion(server, crowd[3] | {"steering": {"policy": "changing"}, "tokens": 200})
+
+    def generate():
+        return tokens_of(call(f"{server.url}/v1/completions", body))
+
+    assert call(url, added(9.0), method="POST", headers=KEY).status == 200
+    before = generate()
+    for change in ("PUT", "DELETE"):
+        running = stream(server, body)
+        tokens = next(running)
+        if change == "PUT":
+            assert call(url, added(-9.0), method="PUT", headers=KEY).status == 200
+            after = generate()
+            assert after != before
+        else:
+            assert call(f"{url}/changing", method="DELETE", headers=KEY).status == 200
+            assert call(f"{server.url}/v1/completions", body).status == 400
+        for more in running:
+            tokens += more
+        assert tokens == before
+        before = after
+    wait_until_idle(server)
+
+
+def test_policies_that_come_and_go_never_give_a_500_or_a_wrong_policy(server, crowd):
+    """Eight clients ask for a policy while it is replaced, deleted and loaded, without a pause."""
+    url = f"{server.url}/fastsae/policies"
+    body = completion(server, crowd[3] | {"steering": {"policy": "changing"}, "tokens": 6})
+    known = []
+    for strength in (9.0, -9.0):
+        assert call(url, added(strength), method="PUT", headers=KEY).status == 200
+        known.append(tokens_of(call(f"{server.url}/v1/completions", body)))
+    assert known[0] != known[1]
+
+    def ask(_):
+        answer = call(f"{server.url}/v1/completions", body)
+        if answer.status == 400:
+            return "" if "there is no policy 'changing'" in answer.text else answer.text
+        right = answer.status == 200 and tokens_of(answer) in known
+        return "" if right else f"{answer.status} {answer.text}"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(ask, i) for i in range(200)]
+        changes = 0
+        while not all(answer.done() for answer in answers):
+            sign = 1 if changes % 2 else -1
+            assert call(url, added(9.0 * sign), method="PUT", headers=KEY).status == 200
+            if changes % 3 == 0:
+                assert call(f"{url}/changing", method="DELETE", headers=KEY).status == 200
+            changes += 1
+    complaints = [answer.result() for answer in answers if answer.result()]
+    assert not complaints and changes > 3, complaints[:5]
+    call(f"{url}/changing", method="DELETE", headers=KEY)
+    wait_until_idle(server)
+
+
+def test_a_held_out_request_is_unsteered_and_counted_as_such(server, crowd, expected):
+    url = f"{server.url}/fastsae/policies"
+    policy = added(9.0) | {"name": "tried"}
+    for wrong in ({"holdout": 2}, {"holdout": 0.5, "x": 1}):
+        assert call(url, {"policy": policy, **wrong}, method="POST", headers=KEY).status == 400
+    required = {"policy": policy | {"required": True}, "holdout": 0.5}
+    assert "required" in call(url, required, method="POST", headers=KEY).text
+    asked = {"policy": policy, "holdout": 0.5, "watch": [999]}
+    assert "999" in call(url, asked, method="POST", headers=KEY).text
+    asked["watch"] = [17]
+    assert call(url, asked, method="POST", headers=KEY).status == 200
+    plain = expected(crowd[3] | {"steering": None})
+    request = crowd[3] | {"steering": {"policy": "tried"}}
+    size, seen = len(server.audit.read_text().splitlines()), []
+    for user in range(12):
+        body = completion(server, request, user=f"user {user}")
+        seen.append(tokens_of(call(f"{server.url}/v1/completions", body)) == plain)
+    lines = [json.loads(line) for line in server.audit.read_text().splitlines()[size:]]
+    assert [line["reason"] == "holdout" for line in lines] == seen
+    assert [not line["steered"] for line in lines] == seen and 1 < sum(seen) < 11
+    label = '{arm="holdout",policy="tried",status="200"}'
+    metrics = call(f"{server.url}/metrics").text
+    assert f"fastsae_requests_total{label} {float(sum(seen))}" in metrics
+    watched = json.loads(call(f"{server.url}/fastsae/watched", headers=KEY).text)["watched"]
+    assert set(watched["tried"]["features"]) == {"3", "17"} and watched["tried"]["tokens"] > 0
+    assert call(f"{url}/tried", method="DELETE", headers=KEY).status == 200
+
+
 def test_metrics_and_the_audit_log_tell_of_steered_requests_only(server, crowd):
     def counted():
         lines = call(f"{server.url}/metrics").text.splitlines()
-        name = 'fastsae_requests_total{policy="p2@1",status="200"}'
+        name = 'fastsae_requests_total{arm="steered",policy="p2@1",status="200"}'
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
     before, size = counted(), len(server.audit.read_text().splitlines())
+    call(f"{server.url}/v1/completions", completion(server, crowd[5]))
+    before, size = counted(), len(server.audit.read_text().splitlines())
+    time.sleep(1.1)  # metrics of the workers are at most a second old
     for request in (crowd[2], crowd[30]):
         call(f"{server.url}/v1/completions", completion(server, request))
     assert counted() == before + 1
+    shown = call(f"{server.url}/metrics").text
+    assert 'fastsae_dose_max{layer="2",policy="p2@1"}' in shown
+    assert 'fastsae_feature_mean{feature="7",layer="2",policy="p2@1"}' in shown
+    assert 'fastsae_gate_tokens_total{gate="closed",layer="2",policy="p5@1"}' in shown
     (line,) = server.audit.read_text().splitlines()[size:]
     recorded = json.loads(line)
     assert recorded["policy"] == "p2@1" and recorded["layer"] == 2 and recorded["status"] == 200
@@ -278,39 +325,3 @@ def test_random_requests_get_no_500_and_leave_nothing(server, tiny, expected, re
         complaints = [text for text in pool.map(one, plan) if text]
     assert not complaints, f"{len(complaints)} of {requests}: {complaints[:5]}"
     wait_until_idle(server)
-
-
-def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd, expected):
-    with start() as server, concurrent.futures.ThreadPoolExecutor(64) as pool:
-        url = f"{server.url}/v1/completions"
-        request = crowd[1]
-        assert tokens_of(call(url, completion(server, request))) == expected(request)
-        longer = completion(server, request | {"tokens": 300})
-        # Eight run at a time: some do at any moment.
-        running = [pool.submit(call, url, longer) for _ in range(64)]
-        time.sleep(0.5)
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
-        engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
-        assert engines, listed
-        for pid in engines:
-            os.kill(pid, signal.SIGKILL)
-        lost = 0
-        for future in running:  # every client hears of it, none waits for ever
-            try:
-                answer = future.result(timeout=60)
-            except (OSError, http.client.HTTPException):  # cut off before or within the answer
-                lost += 1
-                continue
-            lost += answer.status >= 500
-            assert answer.status >= 500 or len(tokens_of(answer)) == 300
-        assert lost > 0
-        server.process.wait(timeout=60)
-    with start() as server:
-        status = status_of(server)
-        assert status["armed"] and not any(status["in_use"])
-        answer = call(f"{server.url}/v1/completions", completion(server, request))
-        assert tokens_of(answer) == expected(request)

@@ -6,7 +6,7 @@ import json
 from fastsae.errors import FastsaeError
 from fastsae.steering.files import unique_keys
 from fastsae.steering.vllm import settings as config
-from fastsae.steering.vllm.middleware import ask_engine
+from fastsae.steering.vllm.ask import EngineGone, ask_engine
 
 MAX_BODY_BYTES = 1 << 20
 
@@ -26,6 +26,7 @@ class Endpoints:
 
         router = APIRouter(prefix="/fastsae")
         router.add_api_route("/status", self._route(self.status), methods=["GET"])
+        router.add_api_route("/watched", self._route(self.watched), methods=["GET"])
         router.add_api_route("/policies", self._route(self.load), methods=["POST"])
         router.add_api_route("/policies", self._route(self.replace), methods=["PUT"])
         router.add_api_route("/policies/{policy}", self._route(self.delete), methods=["DELETE"])
@@ -48,6 +49,8 @@ class Endpoints:
                 answer = await function(request)
             except FastsaeError as error:
                 return JSONResponse({"error": str(error)}, 400)
+            except EngineGone as gone:
+                return JSONResponse({"error": str(gone)}, 503)
             return JSONResponse(answer, 400 if "error" in answer else 200)
 
         return route
@@ -58,6 +61,9 @@ class Endpoints:
 
     async def status(self, request) -> dict:
         return await ask_engine(self.state, {"do": "status"})
+
+    async def watched(self, request) -> dict:
+        return await ask_engine(self.state, {"do": "watch"})
 
     async def load(self, request) -> dict:
         return await self._put(request, "load")
@@ -71,7 +77,10 @@ class Endpoints:
         return await ask_engine(self.state, asked)
 
     async def _put(self, request, do: str) -> dict:
-        """Body: a policy as a file spells it; ?site=1 for another SAE than the first."""
+        """Body: a policy as a file spells it, or {"policy": …, "holdout": 0.1, "watch": [7]}.
+
+        ?site=1 for another SAE than the first.
+        """
         site = request.query_params.get("site", "0")
         if not site.isdigit():
             raise FastsaeError(f"site: expected a number, got {site!r}")
@@ -82,4 +91,11 @@ class Endpoints:
             policy = json.loads(body, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise FastsaeError(f"body: not JSON: {error}") from error
-        return await ask_engine(self.state, {"do": do, "site": int(site), "policy": policy})
+        fields = policy if isinstance(policy, dict) and "policy" in policy else {"policy": policy}
+        for name in fields:
+            if name not in ("policy", "holdout", "watch"):
+                raise FastsaeError(
+                    f"body: unknown key {name!r}; accepted are policy, holdout, watch"
+                )
+        self.state.fastsae_known = ({}, 0.0)
+        return await ask_engine(self.state, {"do": do, "site": int(site), **fields})

@@ -4,8 +4,10 @@ import copy
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from fastsae.errors import FastsaeError
+from fastsae.steering.control import checked_holdout
 from fastsae.steering.policy import Policy
 from fastsae.steering.vllm.requests import (
     Footprint,
@@ -27,8 +29,8 @@ class EngineSteering:
         self.lock = threading.Lock()  # requests are resolved in the thread that receives them
         self.sites = self._armed()
         for site, asked in enumerate(settings.sites):
-            for policy in asked.read_policies():
-                self.load(site, policy, replace=False)
+            for policy, holdout in asked.read_policies():
+                self.load(site, policy, holdout, replace=False)
 
     def _workers(self, **asked) -> list[dict]:
         answers = self.core.model_executor.collective_rpc(KEY, args=(json.dumps(asked),))
@@ -53,14 +55,15 @@ class EngineSteering:
         """Name → policy, and the cache salt of requests steered like this one. None: strength 0."""
         params = copy.copy(request.sampling_params)
         params.extra_args = dict(params.extra_args)
-        wish = Wish.of(params.extra_args.pop(KEY), self.settings.max_strength)
+        wish = Wish.of(params.extra_args.pop(KEY), self.settings.max_strength, found=True)
         with self.lock:
-            loaded = self.registry.find(wish.policy)
+            loaded = self.registry.looked_up(wish.policy, wish.digest)
         if wish.strength:
             resolved = {
                 "site": loaded.site,
                 "policy": loaded.policy.to_dict(),
                 "strength": wish.strength,
+                "watch": loaded.watch,
             }
             params.extra_args[KEY] = json.dumps(resolved)
             request.cache_salt = cache_salt(
@@ -81,34 +84,75 @@ class EngineSteering:
             match asked:
                 case {"do": "status"}:
                     return json.dumps(self.status())
+                case {"do": "watch"}:
+                    return json.dumps({"watched": self.watched()})
                 case {"do": "load" | "replace" as do, "site": int(site), "policy": spelled}:
                     if not 0 <= site < len(self.settings.sites):
                         raise FastsaeError(
                             f"site: got {site}, this server has {len(self.settings.sites)}"
                         )
-                    loaded = self.load(site, Policy.from_dict(spelled), replace=do == "replace")
+                    more = asked.get("holdout", 0.0), asked.get("watch", ())
+                    policy = Policy.from_dict(spelled)
+                    loaded = self.load(site, policy, *more, replace=do == "replace")
                     return json.dumps(_described(loaded))
                 case {"do": "delete", "policy": str(label)}:
                     with self.lock:
-                        return json.dumps(_described(self.registry.remove(label)))
+                        gone = self.registry.remove(label)
+                    self._forget(gone)
+                    return json.dumps(_described(gone))
             raise FastsaeError(f"fastsae: unknown command {text[:200]!r}")
         except FastsaeError as error:
             return json.dumps({"error": str(error)})
 
-    def load(self, site: int, policy: Policy, *, replace: bool) -> Loaded:
-        loaded = Loaded(site, policy, self._checked(site, policy))
+    def load(
+        self,
+        site: int,
+        policy: Policy,
+        holdout: float = 0.0,
+        watch: Sequence[int] = (),
+        *,
+        replace: bool,
+    ) -> Loaded:
+        listed = watch if isinstance(watch, list | tuple) else ("no list",)
+        if any(type(feature) is not int or feature < 0 for feature in listed):
+            raise FastsaeError(f"watch: expected a list of features ≥ 0, got {watch!r}")
+        share = checked_holdout(holdout, policy.required)
+        footprint = self._checked(site, policy, tuple(watch))
+        loaded = Loaded(site, policy, footprint, share, tuple(watch))
         with self.lock:
-            self.registry.add(loaded, replace=replace)
+            replaced = self.registry.add(loaded, replace=replace)
+        if replaced is not None:
+            self._forget(replaced)
         return loaded
 
-    def _checked(self, site: int, policy: Policy) -> Footprint:
-        answers = self._workers(do="check", site=site, policy=policy.to_dict())
+    def _forget(self, gone: Loaded) -> None:
+        self._workers(do="forget", site=gone.site, digest=gone.policy.digest)
+
+    def _checked(self, site: int, policy: Policy, watch: tuple[int, ...]) -> Footprint:
+        answers = self._workers(do="check", site=site, policy=policy.to_dict(), watch=watch)
         answers = [answer for answer in answers if not answer.get("absent")]
         for answer in answers:
             if "error" in answer:
                 raise FastsaeError(answer["error"])
         rows = frozenset((feature, own) for feature, own in answers[0]["rows"])
         return Footprint(answers[0]["slots"], rows, answers[0]["items"])
+
+    def watched(self) -> dict:
+        """What steering did to the tokens of every loaded policy, by its label.
+
+        Of the first rank that runs a site's layer: the others repeat its work.
+        """
+        found: dict[str, dict] = {}
+        for answer in self._workers(do="watch"):
+            found = answer | found
+        with self.lock:
+            loaded = self.registry.listed()
+        by_label = {}
+        for each in loaded:
+            numbers = found.get(str(each.site), {}).get(each.policy.digest)
+            if numbers is not None:
+                by_label[each.policy.label] = numbers | {"layer": self.sites[each.site]["layer"]}
+        return by_label
 
     def status(self) -> dict:
         workers = self._workers(do="status")
@@ -135,6 +179,8 @@ def _described(loaded: Loaded) -> dict:
         "digest": policy.digest,
         "site": loaded.site,
         "required": policy.required,
+        "holdout": loaded.holdout,
+        "watch": loaded.watch,
     }
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import re
+import time
 
 from fastsae.errors import FastsaeError
 from fastsae.steering.vllm import batch
@@ -33,7 +34,24 @@ SURFACES = (
     (V1, "GPUModelRunner", "load_model", ()),
     (V1, "GPUModelRunner", "_update_states", ("scheduler_output",)),
     (V1, "GPUModelRunner", "_dummy_run", ()),
+    (
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor",
+        "process_outputs",
+        ("engine_core_outputs",),
+    ),
     ("vllm.entrypoints.launchers.app", "", "init_entrypoints_middleware", ("args", "app")),
+)
+# routes whose bodies become requests with extra args, if their fields have `vllm_xargs`
+ROUTES = (
+    ("/v1/completions", "vllm.entrypoints.openai.completion.protocol", "CompletionRequest"),
+    (
+        "/v1/chat/completions",
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest",
+    ),
+    ("/v1/responses", "vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+    ("/v1/messages", "vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
 )
 V2_SURFACES = (
     (V2, "GPUModelRunner", "load_model", ()),
@@ -238,6 +256,8 @@ def _wrap_server() -> None:
     """A server with fastsae settings owns the body field "steering", named --middleware or not."""
     from vllm.entrypoints.launchers import app as launcher
 
+    from fastsae.steering.control import LatencyGuard
+
     @_wrap(launcher, "init_entrypoints_middleware")
     def _(original, args, app, *more, **kwargs):
         from fastsae.steering.vllm.middleware import SteeringMiddleware
@@ -245,5 +265,41 @@ def _wrap_server() -> None:
         settings = config.from_config(getattr(args, "additional_config", None))
         if settings is not None:
             # The innermost: authentication and the other limits of the server come first.
-            app.add_middleware(SteeringMiddleware, settings=settings, app_state=app.state)
+            guard = LatencyGuard(settings.latency_budget_ms)
+            if settings.latency_budget_ms is not None:
+                _time_tokens(guard)
+            app.add_middleware(
+                SteeringMiddleware,
+                settings=settings,
+                app_state=app.state,
+                routes=steerable(),
+                guard=guard,
+            )
         return original(args, app, *more, **kwargs)
+
+
+def steerable() -> list[str]:
+    """The routes of this vLLM that hand extra args on; on any other a wish would be lost."""
+    found = []
+    for route, module, name in ROUTES:
+        kind = getattr(importlib.import_module(module), name, None)
+        if "vllm_xargs" in getattr(kind, "model_fields", {}):
+            found.append(route)
+    return found
+
+
+def _time_tokens(guard) -> None:
+    """The guard sees the milliseconds between a request's tokens, of every request."""
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    @_wrap(OutputProcessor, "process_outputs")
+    def _(original, self, engine_core_outputs, *args, **kwargs):
+        now = time.monotonic()
+        for output in engine_core_outputs:
+            state = self.request_states.get(output.request_id)
+            if state is not None and output.new_token_ids:
+                last = getattr(state, "fastsae_last", None)
+                state.fastsae_last = now
+                if last is not None:
+                    guard.token(1e3 * (now - last) / len(output.new_token_ids))
+        return original(self, engine_core_outputs, *args, **kwargs)

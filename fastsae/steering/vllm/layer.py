@@ -4,18 +4,23 @@ The hook is there before vLLM traces, captures or warms the model up, so the op 
 graph; from then on only the contents of the buffers change.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from fastsae.errors import FastsaeError
 from fastsae.ops.residual import MemberTable, steer_residual_
 from fastsae.ops.steer import SteerTable
+from fastsae.ops.watch import WatchTable
 from fastsae.sae import SAE
-from fastsae.steering.lower import fetch_rows, lower
+from fastsae.steering.dose import Dose
+from fastsae.steering.lower import check_features, fetch_rows, lower
 from fastsae.steering.membership import is_staged, stages
 from fastsae.steering.policy import Policy
 from fastsae.steering.table import Capacity, PolicyTable
 from fastsae.steering.vllm.requests import Footprint
+from fastsae.steering.watch import Watch
 
 MEMBER_FEATURES = 32  # features of one operation that asks for membership, and of its gate
 
@@ -25,13 +30,33 @@ class Applied:
 
     def __init__(self, slot: int, stages: list[int] | None):
         self.slot, self.stages = slot, stages
+        self.watch = 0
 
 
 class SteeredLayer(nn.Module):
-    """Buffers for `max_tokens` rows and the policies in use; a submodule of the layer it steers."""
+    """Buffers for `max_tokens` rows and the policies in use; a submodule of the layer it steers.
 
-    def __init__(self, sae: SAE, capacity: Capacity, membership: int, max_tokens: int, device):
+    dose: a limit to "warn" of or to "clamp" to. watch: features of each policy to watch, 0 for
+    no watching at all.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        capacity: Capacity,
+        membership: int,
+        max_tokens: int,
+        device,
+        dose: Dose | None = None,
+        watch: int = 0,
+    ):
         super().__init__()
+        self.dose = dose
+        self.watch = None
+        if watch:
+            policies = capacity.max_policies
+            self.watch = Watch(sae, policies=policies, features=watch, device=device)
+        self._watch_slots: dict[str, int] = {}  # by digest
         self.sae_host = [sae]  # in a list: its weights are not weights of vLLM's model
         self.membership = membership if sae.config.activation == "topk" else 0
         self.table = PolicyTable(sae, capacity=capacity, device=device)
@@ -44,6 +69,12 @@ class SteeredLayer(nn.Module):
                 shapes["stages"] = ((2 * self.membership + 2, max_tokens), torch.int32)
                 for name, tensor in self._members(capacity.max_policies, device).items():
                     self.register_buffer(f"member_{name}", tensor, persistent=False)
+            if self.watch is not None:
+                shapes["watched"] = ((max_tokens,), torch.int32)
+                for name, tensor in self.watch.table._asdict().items():
+                    self.register_buffer(f"watch_{name}", tensor, persistent=False)
+                if torch.device(device).type == "cpu":  # a graph has no clock
+                    shapes["seconds"] = ((capacity.max_policies + 1,), torch.float64)
             for name, (shape, dtype) in shapes.items():
                 self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), False)
         self.applied: dict[str, tuple[Policy, Applied, int]] = {}
@@ -83,6 +114,10 @@ class SteeredLayer(nn.Module):
         if self.membership:
             stages = self.stages
             members = MemberTable(*(getattr(self, f"member_{n}") for n in MemberTable._fields))
+        watch = None
+        if self.watch is not None:
+            watch = WatchTable(*(getattr(self, f"watch_{n}") for n in WatchTable._fields))
+        clamped = self.dose is not None and self.dose.action == "clamp"
         steer_residual_(
             hidden,
             residual,
@@ -93,6 +128,10 @@ class SteeredLayer(nn.Module):
             stages,
             members,
             self.sae.config.k or 0,
+            dose=self.dose.limit if clamped else None,
+            watched=self.watched if watch is not None else None,
+            watch=watch,
+            seconds=getattr(self, "seconds", None),
         )
 
     def hook(self, layer, args, output) -> None:
@@ -101,9 +140,15 @@ class SteeredLayer(nn.Module):
 
     # --- the policies in use --------------------------------------------------------------------
 
-    def check(self, policy: Policy) -> Footprint:
-        """What the policy would take; a FastsaeError says why this SAE or these buffers cannot."""
+    def check(self, policy: Policy, also: Sequence[int] = ()) -> Footprint:
+        """What the policy would take; a FastsaeError says why this SAE or these buffers cannot.
+
+        also: further features to watch.
+        """
         capacity = self.table.capacity
+        check_features(self.sae, tuple(also))
+        if also and self.watch is None:
+            raise FastsaeError("watch: this server watches nothing; set fastsae.watch above 0")
         staged = is_staged(self.sae, policy)
         parts: list = stages(self.sae, policy) if staged else [policy]
         lower(self.sae, policy, membership=staged)
@@ -137,11 +182,13 @@ class SteeredLayer(nn.Module):
                 )
         return Footprint(max(1, len(lowered)), rows, sum(each.items for each in lowered))
 
-    def acquire(self, policy: Policy) -> Applied:
+    def acquire(self, policy: Policy, also: Sequence[int] = ()) -> Applied:
         policy_, applied, users = self.applied.get(policy.digest, (policy, None, 0))
         if applied is None:
             staged = is_staged(self.sae, policy)
             applied = self._stage(policy) if staged else Applied(self.table.acquire(policy), None)
+            if self.watch is not None:
+                applied.watch = self._watch(policy, also)
         self.applied[policy.digest] = (policy_, applied, users + 1)
         return applied
 
@@ -149,7 +196,10 @@ class SteeredLayer(nn.Module):
         policy, applied, users = self.applied.pop(policy.digest)
         if users > 1:
             self.applied[policy.digest] = (policy, applied, users - 1)
-        elif applied.stages is None:
+            return
+        if self.watch is not None:
+            self.watch.release(policy)
+        if applied.stages is None:
             self.table.release(policy)
         else:
             self._free_finishes.append(applied.stages[-1])
@@ -157,6 +207,36 @@ class SteeredLayer(nn.Module):
             for part in stages(self.sae, policy):
                 if isinstance(part, Policy):
                     self.table.release(part)
+
+    def forget(self, digest: str) -> None:
+        """Nobody may name the policy any more: its numbers go, and its slot with its last row."""
+        if self.watch is not None:
+            self.watch.forget(digest)
+
+    def _watch(self, policy: Policy, also: Sequence[int]) -> int:
+        new = policy not in self.watch
+        slot = self._watch_slots[policy.digest] = self.watch.acquire(policy, also)
+        if new and hasattr(self, "seconds"):
+            with torch.inference_mode(False), torch.no_grad():
+                self.seconds[slot] = 0
+        return slot
+
+    def numbers(self) -> dict[str, dict]:
+        """Watch.read, by digest, and `seconds`: what the op took of a CPU, None on a GPU."""
+        if self.watch is None:
+            return {}
+        found = self.watch.read()
+        self._watch_slots = {digest: self._watch_slots[digest] for digest in found}
+        seconds = self.seconds.tolist() if hasattr(self, "seconds") else None
+        for digest, slot in self._watch_slots.items():
+            found[digest]["seconds"] = None if seconds is None else seconds[slot]
+        return found
+
+    def largest_dose(self, policy: Policy) -> float:
+        """‖r − x‖ / ‖x‖, the most so far; infinite if a token came out not finite. Waits."""
+        slot = self._watch_slots[policy.digest]
+        broken = float(self.watch_sums[slot, 1]) > 0
+        return float("inf") if broken else float(self.watch_maxima[slot, 0])
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -202,9 +282,12 @@ class SteeredLayer(nn.Module):
         slots, strengths = torch.zeros(self.slots.shape, dtype=torch.int32), None
         strengths = torch.zeros(self.strengths.shape)
         staged = torch.zeros(self.stages.shape, dtype=torch.int32) if self.membership else None
+        watched = None if self.watch is None else torch.zeros_like(slots)
         for begin, end, applied, strength in spans:
             slots[begin:end] = applied.slot
             strengths[begin:end] = strength
+            if watched is not None:
+                watched[begin:end] = applied.watch
             if applied.stages is not None:
                 staged[:, begin:end] = torch.tensor(applied.stages, dtype=torch.int32).unsqueeze(1)
         flags = [bool(slots.any()), staged is not None and bool(staged.any())]
@@ -212,6 +295,8 @@ class SteeredLayer(nn.Module):
         self.strengths.copy_(strengths)
         if staged is not None:
             self.stages.copy_(staged)
+        if watched is not None:
+            self.watched.copy_(watched)
         self.active.copy_(torch.tensor(flags, dtype=torch.int32))
         self._idle = not spans
 

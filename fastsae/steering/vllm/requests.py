@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +16,14 @@ class Wish(NamedTuple):
 
     policy: str
     strength: float
+    digest: str | None = None  # of the policy that the server found under that name
 
     @classmethod
-    def of(cls, given: Any, max_strength: float) -> "Wish":
-        """Checks all but that the name exists; a mistake is a FastsaeError for the client."""
+    def of(cls, given: Any, max_strength: float, *, found: bool = False) -> "Wish":
+        """Checks all but that the name exists; a mistake is a FastsaeError for the client.
+
+        found: whether a server has looked the name up, and may tell the policy's digest.
+        """
         if isinstance(given, str):
             try:
                 given = json.loads(given)
@@ -26,10 +31,12 @@ class Wish(NamedTuple):
                 raise FastsaeError(f"steering: not JSON: {error}") from error
         if not isinstance(given, Mapping):
             raise FastsaeError(f"steering: expected an object, got {given!r}")
+        accepted = ("policy", "strength", "digest") if found else ("policy", "strength")
         for name in given:
-            if name not in ("policy", "strength"):
+            if name not in accepted:
                 raise FastsaeError(f"steering: unknown key {name!r}; accepted are policy, strength")
         policy, strength = given.get("policy"), given.get("strength", 1.0)
+        digest = given.get("digest")
         if not isinstance(policy, str) or not policy:
             raise FastsaeError(f"steering.policy: expected a policy's name, got {policy!r}")
         if not is_number(strength):
@@ -38,10 +45,13 @@ class Wish(NamedTuple):
             raise FastsaeError(
                 f"steering.strength: got {strength}, this server allows ±{max_strength:g}"
             )
-        return cls(policy, float(strength))
+        if digest is not None and not isinstance(digest, str):
+            raise FastsaeError(f"steering.digest: expected a text, got {digest!r}")
+        return cls(policy, float(strength), digest)
 
     def to_json(self) -> str:
-        return json.dumps({"policy": self.policy, "strength": self.strength})
+        fields = {} if self.digest is None else {"digest": self.digest}
+        return json.dumps({"policy": self.policy, "strength": self.strength, **fields})
 
 
 class Footprint(NamedTuple):
@@ -58,16 +68,25 @@ class Loaded(NamedTuple):
     site: int
     policy: Policy
     footprint: Footprint
+    holdout: float = 0.0
+    watch: tuple[int, ...] = ()  # features to watch, besides those the policy names
 
 
 class Registry:
-    """Policies by name. "name" alone means the version loaded last."""
+    """Policies by name. "name" alone means the version loaded last.
 
-    def __init__(self):
+    A server looks a request's policy up before the engine does. What is deleted or replaced in
+    between is kept here, the last `kept` of them, so that the request gets what it was told.
+    """
+
+    def __init__(self, kept: int = 1024):
         self._by_label: dict[str, Loaded] = {}
         self._latest: dict[str, str] = {}
+        self._gone: OrderedDict[str, Loaded] = OrderedDict()  # by digest
+        self._kept = kept
 
-    def add(self, loaded: Loaded, *, replace: bool) -> None:
+    def add(self, loaded: Loaded, *, replace: bool) -> Loaded | None:
+        """Admits a policy; what it takes the place of."""
         policy = loaded.policy
         if policy.name is None:
             raise FastsaeError("name: a served policy needs one, requests ask for it by name")
@@ -80,12 +99,15 @@ class Registry:
         other = self._latest.get(policy.name)
         if other is not None and self._by_label[other].site != loaded.site:
             raise FastsaeError(f"name: {policy.name} is a policy of another site; rename one")
+        if before is not None:
+            self._retire(before)
         self._by_label[policy.label] = loaded
         self._latest[policy.name] = policy.label
+        return None if before == loaded else before
 
     def remove(self, label: str) -> Loaded:
         gone = self.find(label)
-        del self._by_label[gone.policy.label]
+        self._retire(self._by_label.pop(gone.policy.label))
         name = gone.policy.name
         versions = [each for each, l in self._by_label.items() if l.policy.name == name]
         if versions:
@@ -93,6 +115,23 @@ class Registry:
         else:
             del self._latest[name]
         return gone
+
+    def _retire(self, loaded: Loaded) -> None:
+        self._gone[loaded.policy.digest] = loaded
+        self._gone.move_to_end(loaded.policy.digest)
+        while len(self._gone) > self._kept:
+            self._gone.popitem(last=False)
+
+    def looked_up(self, label: str, digest: str | None) -> Loaded:
+        """What a server found under `label` a moment ago, whatever has happened to it since."""
+        if digest is None:
+            return self.find(label)
+        found = self._gone.get(digest)
+        for loaded in self._by_label.values():
+            found = loaded if loaded.policy.digest == digest else found
+        if found is None:
+            raise FastsaeError(f"steering.policy: {label!r} was deleted or replaced; ask again")
+        return found
 
     def find(self, label: str) -> Loaded:
         found = self._by_label.get(label) or self._by_label.get(self._latest.get(label, ""))

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fastsae.errors import FastsaeError
 from fastsae.models import Hook, resolve_hook
+from fastsae.steering.control import checked_holdout
+from fastsae.steering.dose import Dose
 from fastsae.steering.policy import Policy
 from fastsae.steering.table import Capacity
+from fastsae.steering.watch import FEATURES
 
 KEY = "fastsae"  # in additional_config, and in a request's extra_args
 
@@ -20,12 +24,21 @@ class SiteSettings(NamedTuple):
     sae_id: str | None
     layer: int | str | None
     policies: str | None
+    holdout: Mapping[str, float] = MappingProxyType({})  # by policy, as name@version
+    dose: Dose | None = None
 
-    def read_policies(self) -> list[Policy]:
-        if self.policies is None:
-            return []
-        given = Policy.from_file(self.policies)
-        return given if isinstance(given, list) else [given]
+    def read_policies(self) -> list[tuple[Policy, float]]:
+        """The policies of the file, each with the share of its requests that stay unsteered."""
+        given = [] if self.policies is None else Policy.from_file(self.policies)
+        listed = given if isinstance(given, list) else [given]
+        labels = [policy.label for policy in listed]
+        for label in self.holdout:
+            if label not in labels:
+                raise FastsaeError(
+                    f"holdout: there is no policy {label!r} in the policies file; it has "
+                    f"{', '.join(labels) or 'none'}"
+                )
+        return [(policy, self.holdout.get(policy.label, 0.0)) for policy in listed]
 
     def load_sae(self):
         from fastsae.sae import SAE
@@ -40,7 +53,9 @@ class Settings(NamedTuple):
     first_token: bool
     max_strength: float
     admin_keys: str | None  # a file with a key per line
-    audit: str | None  # a file that gets a line per steered request
+    audit: str | None  # a file that gets a line per request that names a policy
+    latency_budget_ms: float | None = None  # per token; above it optional policies are dropped
+    watch: int = FEATURES  # features of a policy to watch; 0: no watching
 
     def read_admin_keys(self) -> list[str]:
         if self.admin_keys is None:
@@ -52,9 +67,9 @@ class Settings(NamedTuple):
         return [line.strip() for line in lines if line.strip()]
 
 
-_SITE = ("sae", "sae_id", "layer", "policies")
+_SITE = ("sae", "sae_id", "layer", "policies", "holdout", "dose")
 _ALL = ("sites", *Capacity._fields, "membership", "first_token", "max_strength")
-_ALL += ("admin_keys", "audit")
+_ALL += ("admin_keys", "audit", "latency_budget_ms", "watch")
 
 
 def from_config(additional_config: Any) -> Settings | None:
@@ -75,14 +90,22 @@ def from_config(additional_config: Any) -> Settings | None:
     strongest = fields.get("max_strength", 100.0)
     if not is_number(strongest) or strongest <= 0:
         raise FastsaeError(f"fastsae.max_strength: expected a number above 0, got {strongest!r}")
+    budget = fields.get("latency_budget_ms")
+    if budget is not None and (not is_number(budget) or budget <= 0):
+        raise FastsaeError(f"fastsae.latency_budget_ms: expected a number above 0, got {budget!r}")
+    watch = fields.get("watch", FEATURES)
+    if isinstance(watch, bool) or not isinstance(watch, int) or watch < 0:
+        raise FastsaeError(f"fastsae.watch: expected an integer ≥ 0, got {watch!r}")
     return Settings(
-        tuple(_site(f"fastsae.sites[{i}]", site) for i, site in enumerate(sites)),
+        tuple(_site(f"fastsae.sites[{i}]", site, watch) for i, site in enumerate(sites)),
         Capacity(**{n: fields[n] for n in Capacity._fields if n in fields}).checked(),
         membership,
         first_token,
         float(strongest),
         _text("fastsae.admin_keys", fields.get("admin_keys")),
         _text("fastsae.audit", fields.get("audit")),
+        budget,
+        watch,
     )
 
 
@@ -100,7 +123,7 @@ def _known(where: str, given: Any, names: tuple[str, ...]) -> Mapping[str, Any]:
     return given
 
 
-def _site(where: str, given: Any) -> SiteSettings:
+def _site(where: str, given: Any, watch: int) -> SiteSettings:
     fields = _known(where, given, _SITE)
     if "sae" not in fields:
         raise FastsaeError(f"{where}.sae: missing; name a folder or a repository")
@@ -108,7 +131,35 @@ def _site(where: str, given: Any) -> SiteSettings:
     layer = fields.get("layer")
     if layer is not None:
         resolve_hook(layer)
-    return SiteSettings(layer=layer, **texts)
+    shares = fields.get("holdout", {})
+    if not isinstance(shares, Mapping):
+        raise FastsaeError(f'{where}.holdout: expected {{"name@version": share}}, got {shares!r}')
+    holdout = {}
+    for label, share in shares.items():
+        try:
+            holdout[label] = checked_holdout(share, False)
+        except FastsaeError as error:
+            raise FastsaeError(f"{where}.holdout[{label!r}]: {error}") from error
+    dose = _dose(f"{where}.dose", fields.get("dose"), watch)
+    return SiteSettings(layer=layer, holdout=holdout, dose=dose, **texts)
+
+
+def _dose(where: str, given: Any, watch: int) -> Dose | None:
+    if given is None:
+        return None
+    fields = _known(where, given, ("limit", "action"))
+    try:
+        dose = Dose(fields.get("limit"), fields.get("action", "warn"))
+    except FastsaeError as error:
+        raise FastsaeError(f"{where}.{error}") from error
+    if dose.action == "refuse":
+        raise FastsaeError(
+            f'{where}.action: "refuse" must stop a request within a forward, and the graph of '
+            'vLLM runs on for the whole batch; use "clamp", or fastsae serve'
+        )
+    if dose.action == "warn" and not watch:
+        raise FastsaeError(f'{where}.action: "warn" needs watching; leave fastsae.watch above 0')
+    return dose
 
 
 def _text(where: str, given: Any) -> str | None:

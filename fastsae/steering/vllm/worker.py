@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import logging
 
 import torch
 
 from fastsae import models
 from fastsae.errors import FastsaeError
+from fastsae.steering.dose import Dose
 from fastsae.steering.policy import Policy
 from fastsae.steering.vllm import settings as config
 from fastsae.steering.vllm.batch import BatchView
 from fastsae.steering.vllm.layer import Applied, SteeredLayer
 from fastsae.steering.vllm.settings import KEY, Settings
 
-GRAPH = 1  # counts changes of what `SteeredLayer.forward` and its op put into a graph
+log = logging.getLogger("vllm.plugins.fastsae")  # below vLLM's own, so that it is shown
+GRAPH = 2  # counts changes of what `SteeredLayer.forward` and its op put into a graph
 
 
 class Steered:
@@ -41,12 +44,31 @@ class WorkerSteering:
         self.requests: dict[str, Steered] = {}
         self.steered_rows = 0
         self.seen_rows = 0
+        self.warned: set[str] = set()  # digests
 
     def finish(self, requests) -> None:
         for request in requests:
             gone = self.requests.pop(request, None)
             if gone is not None:
+                self._warn(gone)
                 self.layers[gone.site].release(gone.policy)
+
+    def _warn(self, gone: Steered) -> None:
+        """Once per policy, when a request of it ends; reads two numbers from the device."""
+        layer, policy = self.layers[gone.site], gone.policy
+        dose = layer.dose
+        if dose is None or dose.action != "warn" or policy.digest in self.warned:
+            return
+        most = layer.largest_dose(policy)
+        if most > dose.limit:
+            self.warned.add(policy.digest)
+            log.warning(
+                "dose: policy %s moved a token by %.3g times its length, above the limit of %g; "
+                "lower the strength, raise the limit, or clamp",
+                policy.label,
+                most,
+                dose.limit,
+            )
 
     def begin(self, view: BatchView) -> None:
         """Before a forward: its rows get the slots of their requests' policies."""
@@ -81,7 +103,7 @@ class WorkerSteering:
         if layer is None:
             return  # another pipeline stage runs that layer
         policy = Policy.from_dict(resolved["policy"])
-        applied = layer.acquire(policy)
+        applied = layer.acquire(policy, resolved.get("watch", ()))
         strength = resolved["strength"]
         self.requests[request] = Steered(resolved["site"], policy, strength, prompt, applied)
 
@@ -93,10 +115,18 @@ class WorkerSteering:
             if layer is None:
                 return json.dumps({"absent": True})
             try:
-                slots, rows, items = layer.check(Policy.from_dict(asked["policy"]))
+                policy = Policy.from_dict(asked["policy"])
+                slots, rows, items = layer.check(policy, asked["watch"])
             except FastsaeError as error:
                 return json.dumps({"error": str(error)})
             return json.dumps({"slots": slots, "rows": sorted(rows), "items": items})
+        if asked["do"] == "forget":
+            if asked["site"] in self.layers:
+                self.layers[asked["site"]].forget(asked["digest"])
+            return "{}"
+        if asked["do"] == "watch":
+            watched = {site: layer.numbers() for site, layer in self.layers.items()}
+            return json.dumps(watched)
         return json.dumps(
             {
                 "sites": [
@@ -133,9 +163,15 @@ def arm(runner, model) -> WorkerSteering | None:
         if type(module).__name__ == "PPMissingLayer":
             continue
         layer = SteeredLayer(
-            sae, settings.capacity, settings.membership, runner.max_num_tokens, runner.device
+            sae,
+            settings.capacity,
+            settings.membership,
+            runner.max_num_tokens,
+            runner.device,
+            asked.dose,
+            settings.watch,
         )
-        layer.digest = fingerprint(sae, after, settings.first_token)
+        layer.digest = fingerprint(sae, after, settings.first_token, asked.dose)
         module.add_module(f"fastsae_{site}", layer)
         module.register_forward_hook(layer.hook)
         layers[site] = layer
@@ -144,10 +180,11 @@ def arm(runner, model) -> WorkerSteering | None:
     return WorkerSteering(settings, layers, where)
 
 
-def fingerprint(sae, layer: int, first_token: bool) -> str:
+def fingerprint(sae, layer: int, first_token: bool, dose: Dose | None = None) -> str:
     """sha256 of the SAE's weights and of where and how it is applied."""
     c = sae.config
     about = [c.activation, c.k, c.apply_b_dec_to_input, layer, first_token]
+    about += [dose.limit] if dose is not None and dose.action == "clamp" else []
     digest = hashlib.sha256(json.dumps(about).encode())
     for name, tensor in sorted(sae.named_parameters()):
         digest.update(name.encode())
@@ -157,10 +194,11 @@ def fingerprint(sae, layer: int, first_token: bool) -> str:
 
 def graph_digest(settings: Settings, layers: dict[int, SteeredLayer], where) -> str:
     """Whatever shapes the traced graph: a change must not find the artifact of another."""
-    about = [GRAPH, settings.capacity, settings.membership, sorted(where.items())]
+    about = [GRAPH, settings.capacity, settings.membership, sorted(where.items()), settings.watch]
     for _, layer in sorted(layers.items()):
         c = layer.sae.config
         about.append([c.d_in, c.d_sae, c.activation, c.k, c.dtype])
+        about.append(layer.dose and [layer.dose.limit, layer.dose.action])
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 

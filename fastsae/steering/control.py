@@ -1,12 +1,23 @@
-"""Which of the requests that name a policy are steered: hold-outs, and the latency guard."""
+"""Which of the requests that name a policy are steered: hold-outs, and the latency guard.
+
+The same for every server; nothing here knows an engine.
+"""
 
 import collections
 import hashlib
 import threading
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from fastsae.serve.policies import Entry
+from fastsae.errors import FastsaeError
+
+
+class Entry(Protocol):
+    """A policy as a server holds it. policy: anything with its name, label, digest, required."""
+
+    policy: Any
+    layer: int | str
+    holdout: float
 
 
 class Decision(NamedTuple):
@@ -19,6 +30,18 @@ class Decision(NamedTuple):
     @property
     def steered(self) -> bool:
         return self.entry is not None and self.reason == "steered"
+
+
+def checked_holdout(share: Any, required: bool) -> float:
+    """The share of a policy's requests that stay unsteered: in [0, 1), 0 for a required policy."""
+    number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not number or not 0 <= share < 1:
+        raise FastsaeError(f"holdout: expected a share in [0, 1), got {share!r}")
+    if share and required:
+        raise FastsaeError(
+            "holdout: a required policy must steer every request; make one of the two untrue"
+        )
+    return float(share)
 
 
 def in_holdout(entry: Entry, key: str) -> bool:
@@ -69,3 +92,16 @@ def decide(entry: Entry | None, strength: float, key: str, guard: LatencyGuard) 
     if not entry.policy.required and guard.exceeded():
         return Decision(entry, strength, "latency")
     return Decision(entry, strength, "steered")
+
+
+def described(decision: Decision) -> dict[str, Any]:
+    """What was asked and what was done, for responses and audit lines of every server."""
+    entry = decision.entry
+    return {
+        "policy": None if entry is None else entry.policy.label,
+        "digest": None if entry is None else entry.policy.digest,
+        "layer": None if entry is None else entry.layer,
+        "strength": decision.strength,
+        "steered": decision.steered,
+        "reason": decision.reason,
+    }

@@ -1,0 +1,109 @@
+"""A server of the tiny model in a process of its own, and what tests ask of it over HTTP."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from types import SimpleNamespace
+
+KEY = {"X-Fastsae-Key": "a-second-key"}
+
+
+def call(url, body=None, *, method=None, headers=(), timeout=60):
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"content-type": "application/json", **dict(headers)}
+    request = urllib.request.Request(url, data, sent, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    return SimpleNamespace(status=status, text=text.decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def started(tiny, folder, environment, elsewhere, **more):
+    """A server on a free port, its admin keys and its audit file; killed at the end."""
+    (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = tiny.engine_arguments(folder)
+    flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        flags += [flag] if value is True else [flag, str(value)]
+    audit = elsewhere / f"{port}.jsonl"
+    keys = str(elsewhere / "keys")
+    more = {"admin_keys": keys, "audit": str(audit), "max_policies": 6} | more
+    settings = tiny.settings(folder, **more)
+    flags += ["--additional-config", json.dumps(settings)]
+    log = (elsewhere / f"{port}.log").open("w+")
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
+        cwd=elsewhere,
+        env=environment | {"VLLM_PLUGINS": "fastsae"},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    server = SimpleNamespace(process=process, url=url, audit=audit)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, open(log.name).read()[-6000:]
+            with contextlib.suppress(OSError):
+                if call(f"{url}/health").status == 200:
+                    break
+            time.sleep(1)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def completion(server, request, **more):
+    body = {
+        "model": "tiny",
+        "prompt": request["prompt"],
+        "max_tokens": request["tokens"],
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        **more,
+    }
+    if request["steering"] is not None:
+        body["steering"] = request["steering"]
+    return body
+
+
+def tokens_of(answer) -> list[int]:
+    assert answer.status == 200, answer.text
+    return json.loads(answer.text)["choices"][0]["token_ids"]
+
+
+def status_of(server):
+    answer = call(f"{server.url}/fastsae/status", headers=KEY)
+    assert answer.status == 200, answer.text
+    return json.loads(answer.text)
+
+
+def stream(server, body):
+    """Yields the tokens of each chunk; leaving the iteration hangs up."""
+    data = json.dumps(body | {"stream": True}).encode()
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/v1/completions", data, headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                yield chunk["choices"][0]["token_ids"] or []
