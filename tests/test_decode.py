@@ -1,13 +1,11 @@
 """decode and the two products of its gradients, gather_dot and sparse_outer."""
 
-import math
-
 import pytest
 import torch
 
 from fastsae import FastsaeError, ops
 from fastsae.ops.backend import BackendError, interpreting
-from fastsae.ops.decode import decode_dense, holds_codes
+from fastsae.ops.decode import decode_dense
 
 pytestmark = pytest.mark.op("decode")
 gather_op = pytest.mark.op("gather_dot")
@@ -369,34 +367,3 @@ def test_errors_name_the_argument_and_the_fix(decode_sample, grad):
         ops.sparse_outer(s.values, s.indices, s.g, 0)
     with pytest.raises(FastsaeError, match=r"z: got shape \[3, 4\], expected \[..., 20\]"):
         decode_dense(s.values, s.W)
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("which", ["native", "torch"])
-@pytest.mark.parametrize("f", [1, 31, 200])
-def test_holds_codes(kind, which, f, monkeypatch):
-    if which == "native":
-        monkeypatch.delenv("FASTSAE_BACKEND", raising=False)
-    else:
-        monkeypatch.setenv("FASTSAE_BACKEND", which)
-    k = min(f, 9)
-    values = torch.rand(5, k).add(0.1).to(kind)
-    values[:, 7:] = 0
-    values[2] = 0
-    indices = torch.stack([torch.randperm(f)[:k] for _ in range(5)]).int()
-    if f > 9:
-        values[3, 0] = math.nan  # bits are compared: a NaN that is where it was is the same
-        indices[:, 8] = indices[:, 0]  # padding that names an index in use
-    dense = torch.zeros(5, f, dtype=kind)
-    for n in range(5):
-        for j in range(min(k, 7)):
-            dense[n, indices[n, j]] = values[n, j]
-    assert holds_codes(dense, values, indices)
-    for n in range(5):
-        for column in range(f):
-            old = dense[n, column].clone()
-            for new in (7.0, -0.0, math.inf):
-                dense[n, column] = new
-                assert not holds_codes(dense, values, indices), (n, column, new)
-            dense[n, column] = old
-    assert holds_codes(dense, values, indices)

@@ -383,19 +383,14 @@ def test_full_fp32_restores_flags():
 
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (False, False)])
 def test_full_fp32_restores_both_halves_of_a_sum_s_flag(wanted):
-    flags = torch.backends.cuda.matmul
-    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    flags, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
+    setattr(flags, name, wanted)
     try:
-        for name in names:
-            setattr(flags, name, wanted)
         with matmul.full_fp32(torch.device("cuda")):
-            assert not any(getattr(flags, name) for name in names)
-        for name in names:
-            halves = getattr(flags, name), getattr(flags, f"{name}_split_k", wanted[1])
-            assert halves == wanted
+            assert not getattr(flags, name)
+        assert (getattr(flags, name), getattr(flags, f"{name}_split_k", wanted[1])) == wanted
     finally:
-        for name in names:
-            setattr(flags, name, True)
+        setattr(flags, name, True)
 
 
 if not INTERPRETING:  # only the test that starts the interpreter is left in this process

@@ -1,11 +1,13 @@
 """Dense tensors that remember their codes: exact checks, memory, gradients. Needs no peer."""
 
 import gc
+import math
 
 import pytest
 import torch
 
 from fastsae.compat import buffers, codes
+from fastsae.ops.decode import holds_codes
 
 F, D = 512, 16
 
@@ -152,3 +154,34 @@ def test_an_edit_between_decode_and_backward_is_torch_s_error():
         dense[0, 0] = 7.0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("which", ["native", "torch"])
+@pytest.mark.parametrize("f", [1, 31, 200])
+def test_a_dense_tensor_holds_its_codes_and_no_other(kind, which, f, monkeypatch):
+    if which == "native":
+        monkeypatch.delenv("FASTSAE_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("FASTSAE_BACKEND", which)
+    k = min(f, 9)
+    values = torch.rand(5, k).add(0.1).to(kind)
+    values[:, 7:] = 0
+    values[2] = 0
+    indices = torch.stack([torch.randperm(f)[:k] for _ in range(5)]).int()
+    if f > 9:
+        values[3, 0] = math.nan  # bits are compared: a NaN that is where it was is the same
+        indices[:, 8] = indices[:, 0]  # padding that names an index in use
+    dense = torch.zeros(5, f, dtype=kind)
+    for n in range(5):
+        for j in range(min(k, 7)):
+            dense[n, indices[n, j]] = values[n, j]
+    assert holds_codes(dense, values, indices)
+    for n in range(5):
+        for column in range(f):
+            old = dense[n, column].clone()
+            for new in (7.0, -0.0, math.inf):
+                dense[n, column] = new
+                assert not holds_codes(dense, values, indices), (n, column, new)
+            dense[n, column] = old
+    assert holds_codes(dense, values, indices)
