@@ -75,8 +75,48 @@ class Stage:
     command: str
 
 
+# Of a load, each with a ratio.
+MEASURES = ("throughput_tok_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
+
+
+@dataclasses.dataclass
+class Load:
+    """One line of a server's load table: times in ms, every ratio to the engine without plugin."""
+
+    load: str
+    concurrency: int
+    throughput_tok_s: float
+    throughput_tok_s_ratio: float
+    ttft_ms_p50: float
+    ttft_ms_p50_ratio: float
+    ttft_ms_p99: float
+    ttft_ms_p99_ratio: float
+    tpot_ms_p50: float
+    tpot_ms_p50_ratio: float
+    tpot_ms_p99: float
+    tpot_ms_p99_ratio: float
+    model: str
+    features: int | None
+    dtype: str
+    requests: int
+    prompt: int
+    tokens: int
+    rounds: int
+    compiled: str
+    vllm: str
+    device: str
+    clocks: str
+    threads: int
+    torch: str
+    triton: str
+    fastsae: str
+    commit: str
+    date: str
+    command: str
+
+
 def write_csv(path: Path, rows: list) -> None:
-    """Rows of one kind, `Row` or `Stage`, with floats to five decimals."""
+    """Rows of one kind, `Row`, `Stage` or `Load`, with floats to five decimals."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         names = [field.name for field in dataclasses.fields(rows[0])] if rows else []
@@ -92,7 +132,8 @@ def read_csv(path: Path) -> list:
     """The rows that `write_csv` wrote."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        kind = Stage if "stage" in (reader.fieldnames or ()) else Row
+        names = reader.fieldnames or ()
+        kind = Stage if "stage" in names else Load if "load" in names else Row
         fields = dataclasses.fields(kind)
         return [kind(**{f.name: _typed(f, line[f.name]) for f in fields}) for line in reader]
 

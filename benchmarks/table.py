@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import targets
-from rows import REST, Row, Stage, read_csv
+from rows import MEASURES, REST, Load, Row, Stage, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -129,13 +129,34 @@ def shares(found: list[Stage]) -> list[str]:
     return lines
 
 
+def loads(found: list[Load]) -> list[str]:
+    """The lines of one csv file of `Load`s: a server with and without the plugin."""
+    one = found[0]
+    sae = f", SAE of {one.features} features" if one.features else ""
+    lines = [
+        f"vLLM {one.vllm}, model {one.model} {short(one.dtype)}{sae}, {one.compiled}, up to "
+        f"{one.requests} requests of {one.prompt} + {one.tokens} tokens a load, medians of "
+        f"{one.rounds} rounds; in brackets the ratio to vanilla.",
+        "",
+        "| load | concurrency | tokens/s | TTFT p50, ms | p99 | TPOT p50, ms | p99 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for each in found:
+        cells = (f"{getattr(each, m):.4g} ({getattr(each, f'{m}_ratio'):.3f})" for m in MEASURES)
+        lines.append(f"| {each.load} | {each.concurrency} | {' | '.join(cells)} |")
+    return lines
+
+
+BODIES = {Row: timings, Stage: shares, Load: loads}
+
+
 def section(directory: Path) -> str:
     """The section for all csv files of a directory; empty when there are none."""
     parts = []
     for path in sorted(directory.glob("*.csv")):
         found = read_csv(path)
         if found:
-            body = shares(found) if isinstance(found[0], Stage) else timings(found)
+            body = BODIES[type(found[0])](found)
             parts.append("\n".join([f"### {path.stem}", "", *provenance(found), "", *body]))
     return "\n\n".join([INTRODUCTION, *parts]) if parts else ""
 

