@@ -221,7 +221,7 @@ def test_a_load_table_says_what_it_compares(bench, row, tmp_path):
     shape |= {"prompt": 64, "tokens": 32, "rounds": 3, "compiled": "eager", "vllm": "0.32"}
     lines = []
     for name, ratio in (("vanilla", 1.0), ("idle", 1.0123)):
-        measured = {m: 40.0 * ratio for m in bench.rows.MEASURES}
+        measured = dict.fromkeys(bench.rows.MEASURES, 40.0 * ratio)
         measured |= {f"{m}_ratio": ratio for m in bench.rows.MEASURES}
         given = {"load": name, "concurrency": 8} | measured | shape | about
         lines.append(bench.rows.Load(**given, command="python -P benchmarks/vllm_load.py"))
