@@ -196,6 +196,9 @@ def test_a_file_without_markers_is_refused(bench):
 
 def test_readme_holds_what_the_committed_files_generate(bench):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = bench.table.EXPLAINED
+    told = bench.table.explained(ROOT / "benchmarks" / "results" / "explanations.json")
+    assert text.partition(begin)[2].partition(end)[0].strip() == told
     generated = bench.table.section(bench.table.RESULTS)
     assert text == bench.table.replaced(text, generated), (
         "README.md's performance section differs from benchmarks/results/*.csv: "
