@@ -13,7 +13,7 @@ help:
 	@echo "make test-compat  SAELens, sparsify, dictionary_learning on our kernels, in their own environment"
 	@echo "make test-vllm    the vLLM plugin in real engines on the CPU (an environment of 3.5 GB, about ten minutes)"
 	@echo "make bench        every op against torch; bench-peers: against SAELens, sparsify, dictionary_learning"
-	@echo "make bench-record both and the training step, recorded in benchmarks/results and README.md"
+	@echo "make bench-record all of them and the training step, steering, vLLM, explaining: recorded in benchmarks/results and README.md"
 	@echo "make lint | gpu-compile | build | clean"
 
 # torch comes first and alone: everything after it must find the pinned one and not fetch another.
@@ -101,12 +101,14 @@ test-vllm: $(VLLM)/.ready
 
 # Refuses on a busy machine. Commit first: every row names the commit it measured.
 RESULTS := benchmarks/results
-bench-record: $(VENV)/.dev $(PEERS)/.ready
+bench-record: $(VENV)/.dev $(PEERS)/.ready $(VLLM)/.ready
 	$(BIN)/python -P benchmarks/ops.py --out $(RESULTS)/cpu.csv
 	$(BIN)/python -P benchmarks/ops.py --profile --out $(RESULTS)/cpu-profile.csv
 	$(BIN)/python -P benchmarks/train_step.py --out $(RESULTS)/train-step.csv
 	$(PEERS)/bin/python -P benchmarks/peers.py --out $(RESULTS)/peers.csv
 	$(PEERS)/bin/python -P benchmarks/compat.py --out $(RESULTS)/compat.csv
+	$(BIN)/python -P benchmarks/steering.py --out $(RESULTS)/steering.csv
+	$(VLLM)/bin/python -P benchmarks/vllm_load.py --out $(RESULTS)/vllm-load.csv
 	$(BIN)/python -P benchmarks/explain_scale.py --out $(RESULTS)/explain-scale.csv
 	$(BIN)/python -P benchmarks/table.py --write README.md
 
