@@ -2,9 +2,10 @@
 
     python -P benchmarks/steering.py [--quick] [--rounds 800] [--out FILE.csv] [--sae FOLDER]
 
-Every condition decodes one and the same position again and again. It is a module of its own on the
-same weights, steered or not; the two of 256 rows share one, because where 256 caches lie in memory
-makes more of a difference than policies do. Conditions, at one layer:
+Every condition decodes one and the same position again and again. It shares its module with its
+base, whose tokens run with our hooks taken off (or with the base's policies set), untimed: another
+copy of the model differs by half a per cent for where its parts and caches lie in memory.
+Conditions, at one layer:
 - idle: attached, no policy set; rows: [None] set
 - features: one policy that adds 64 features
 - membership: 64 features with active="sae" on a top-k SAE, which encodes every token
@@ -46,33 +47,43 @@ ROUNDS, QUICK, FEWER = 800, 4, 4  # pairs per condition; wide batches make FEWER
 
 
 class Condition:
-    """A module on shared weights that decodes the same position again, steered or not."""
+    """A module that decodes the same position again: with our hooks and `policies`, or bare."""
 
-    def __init__(self, model, ids: torch.Tensor, rows: int, sae=None, policies=None):
+    def __init__(self, model, ids: torch.Tensor, rows: int, sae, policies):
         kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self.model, self.hooks, self.spent = copy.deepcopy(model, kept), [], [0.0]
-        self.policies, self.shared = policies, False
+        self.policies, self.bare, self.shared = policies, False, False
         self.ids = ids[:, -1:].expand(rows, -1)
         self.mask = torch.ones(rows, ids.shape[1] + 1, dtype=torch.long)
         self.cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
         self.cache.batch_repeat_interleave(rows)
-        if sae is not None:
-            self.handle = attach(self.model, sae, max_policies=WIDE)
-            self.handle.set(policies)
-            self._time_the_hooks()
+        self.handle = attach(self.model, sae, max_policies=WIDE)
+        self.handle.set(policies)
+        self.placed = self._time_the_hooks()
 
     def other(self, policies) -> "Condition":
         """The same module with other policies: both set theirs before each token, untimed."""
-        self.shared, made = True, copy.copy(self)
-        made.shared, made.policies, made.hooks = True, policies, []
+        made = self.unsteered()
+        made.bare, made.policies, made.shared = False, policies, True
+        self.shared = True
         return made
 
-    def _time_the_hooks(self) -> None:
+    def unsteered(self) -> "Condition":
+        """The same module without hooks: they are put on and taken off before a token, untimed."""
+        made = copy.copy(self)
+        made.bare, made.hooks = True, []
+        return made
+
+    def _time_the_hooks(self) -> list[tuple[dict, dict]]:
+        """Wraps our hooks; returns each module's dictionary of hooks and what belongs in it."""
+        placed = []
         for module in self.model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in hooks.items():
-                    if hook.__module__.startswith("fastsae"):
-                        hooks[key] = self._timed(hook)
+                    assert hook.__module__.startswith("fastsae"), "a hook that is not ours"
+                    hooks[key] = self._timed(hook)
+                placed += [(hooks, dict(hooks))] if hooks else []
+        return placed
 
     def _timed(self, hook: Callable) -> Callable:
         def call(*args):
@@ -85,6 +96,9 @@ class Condition:
 
     def token(self) -> tuple[float, torch.Tensor]:
         """(milliseconds, logits [rows, V]) of one decoded token."""
+        for hooks, ours in self.placed:
+            hooks.clear()
+            hooks.update({} if self.bare else ours)
         if self.shared:
             self.handle.set(self.policies)
         self.spent[0], start = 0.0, time.perf_counter()
@@ -168,7 +182,7 @@ class Comparison:
 
         found = [row("token", "native", ours, ratio, whole)]
         found += [row("token", self.base_name, base, 1.0, weights)]
-        if not hasattr(self.base, "handle"):
+        if self.base.bare:
             hooks = percentiles(self.condition.hooks)
             found.append(row("hooks", "native", hooks, hooks[1] / base[1], self.extra_bytes))
             found.append(row("hooks", self.base_name, base, 1.0, weights))
@@ -177,12 +191,13 @@ class Comparison:
 
 def comparisons(model, sae, rounds: int) -> list[Comparison]:
     ids = torch.randint(5, 1000, (1, CONTEXT), generator=torch.Generator().manual_seed(0))
-    some, plain = list(range(FEATURES)), Condition(model, ids, 1)
+    some = list(range(FEATURES))
     encoder = sae.W_enc.numel() * sae.W_enc.element_size()
 
     def single(name: str, policies, agree: Callable, extra: int = 0) -> Comparison:
         steered = Condition(model, ids, 1, sae, policies)
-        return Comparison(name, "unsteered", steered, plain, agree, rounds, extra)
+        bare = steered.unsteered()
+        return Comparison(name, "unsteered", steered, bare, agree, rounds, extra)
 
     def differ(a, b):
         return bool((a != b).any(-1).all())

@@ -218,3 +218,8 @@ def _splittable(x: Tensor) -> bool:
 
 def steer(x: Tensor, slots: Tensor, strengths: Tensor, table) -> Tensor:
     return _leaf._steer_rows.default(x, slots, strengths, table)
+
+
+def steer_tokens(x, mask, ids, base, end, first, slots, strengths, *rest) -> None:
+    """`steer` for the tokens of a batch that its rows' policies are for; see csrc/ops_steer.cpp."""
+    _leaf._steer_tokens.default(x, mask, ids, base, end, first, slots, strengths, *rest)

@@ -65,6 +65,9 @@ LEAVES: tuple[str, ...] = (
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",
     "_steer_rows(Tensor x, Tensor slots, Tensor strengths, Tensor[] table) -> Tensor",
+    "_steer_tokens(Tensor x, Tensor? mask, Tensor? ids, int base, int end, int first, Tensor slots,"
+    " Tensor strengths, Tensor on_prompt, Tensor on_generated, Tensor? lengths, int phase,"
+    " Tensor(a!) counts, Tensor(b!) out, Tensor[] table) -> ()",
     "_set_isa(str name) -> int",
     "_get_isa() -> str",
 )

@@ -111,6 +111,31 @@ class Where:
             self._positions, self._real = self._locate(residual.shape[1], residual.device)
         return self._positions, self._real
 
+    def columns(self, residual: Tensor) -> "tuple[Tensor | None, Tensor | None, int, int] | None":
+        """(mask, ids, base, end): the same as numbers, for an op that counts by itself.
+
+        A token's position is its entry of ids [B or 1, T]; else base, and one more for each token
+        before it in its row of mask [B, columns], whose last columns before `end` are these tokens;
+        without a mask all are. None where that is not known on the host: see `_locate`.
+        """
+        tokens = self.tokens = residual.shape[1]
+        if self.packed or isinstance(self.past, Tensor):
+            return None
+        if self.mask is None and self.ids is not None and self.ids.shape[1] == tokens:
+            return None, self.ids, 0, tokens
+        if self.mask is None:
+            self._must_be_told()
+            return None, None, self.past or 0, tokens
+        end = self._end(tokens)
+        whole = self.mask.shape[1] == tokens
+        return (self.mask, None, (self.past or 0) if whole else 0, end) if end >= tokens else None
+
+    def _end(self, tokens: int) -> int:
+        """One past the mask's column of our last token."""
+        columns = self.mask.shape[1]
+        end = columns if self.past is None else self.past + tokens
+        return end if tokens < columns and end <= columns else columns
+
     def _locate(self, tokens: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         past = self.past.to(device) if isinstance(self.past, Tensor) else self.past or 0
         if self.mask is None:
@@ -125,8 +150,7 @@ class Where:
             here = past + torch.arange(tokens, device=device)
             positions = real.long().cumsum(1) - 1
             return positions.index_select(1, here), real.index_select(1, here)
-        known = self.past is not None and past + tokens <= columns
-        end = past + tokens if known and columns != tokens else columns
+        end = columns if columns == tokens else self._end(tokens)
         mask = self.mask.to(device)
         real = self._nonzero("real", mask[:, end - tokens : end], torch.bool)
         shape = (mask.shape[0], tokens)
@@ -164,14 +188,22 @@ class Where:
         if self.packed:
             return self.positions(residual)[0] >= self.request_of(residual).lengths
         if lengths is None and self.generation is None:
-            self._must_be_told()
-            return self.past is not None and self.past > 0
+            return self.after_prompt()
         positions, _ = self.positions(residual)
         if lengths is None:
             lengths = self._prompt_lengths(positions, residual.shape[0]).unsqueeze(1)
         shape = (max(positions.shape[0], lengths.shape[0]), positions.shape[1])
         buffer = self.scratch("generated", shape, torch.bool, positions.device)
         return torch.ge(positions, lengths.to(positions.device), out=buffer)
+
+    def lengths(self) -> Tensor | None:
+        """[rows] of the prompts, as `generate` was told them or has worked them out since."""
+        return None if self.generation is None else self.generation.lengths
+
+    def after_prompt(self) -> bool:
+        """Whether the tokens of a forward outside `generate` follow others."""
+        self._must_be_told()
+        return self.past is not None and self.past > 0
 
     def _must_be_told(self) -> None:
         if self.untold and self.generation is None:

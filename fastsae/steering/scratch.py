@@ -1,4 +1,4 @@
-"""Small tensors that the hooks of one model use again from token to token."""
+"""Tensors that the hooks of one model use again from token to token."""
 
 import math
 
@@ -41,3 +41,34 @@ class Scratch:
 
 def no_scratch(name, shape, dtype, device) -> None:
     """For a caller that may run in several threads at once."""
+
+
+class Output:
+    """`output(x)`: a tensor like x for a site to fill, the last one where nobody holds that now.
+
+    Whoever keeps it (recorded hidden states, autograd, a view) counts as a user of its storage, and
+    keeps it for good: the next one is new. To be handed out as a view, because a reference to the
+    very same tensor would not count. CPU only, for the reasons of Scratch; one thread at a time.
+    """
+
+    def __init__(self):
+        self._kept: Tensor | None = None
+        self._storage = self._alone = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kept = self._kept
+        if kept is not None and kept.shape == x.shape and kept.dtype is x.dtype:
+            if _users(self._storage) == self._alone:
+                return kept
+        # An inference tensor could not be used in a forward outside such a block.
+        with torch.inference_mode(False):
+            made = torch.empty_like(x)
+        if _users is not None and made.nbytes <= KEPT_BYTES:
+            self._kept, self._storage = made, made.untyped_storage()._cdata
+            self._alone = _users(self._storage)
+        return made
+
+
+KEPT_BYTES = 4 << 20  # a decode step of many rows; prompts are new ones every time
+# How many tensors share a storage, which torch's own CUDA graphs count with; None: reuse nothing.
+_users = getattr(torch._C, "_storage_Use_Count", None)

@@ -11,10 +11,12 @@ from fastsae.ops.steer import steer
 from fastsae.ops.watch import watch_
 from fastsae.places import Place
 from fastsae.sae import SAE
+from fastsae.steering import tokens
 from fastsae.steering.dose import Dose, clamp, relative_change
 from fastsae.steering.membership import StagedPolicy, is_staged
 from fastsae.steering.policy import Policy
 from fastsae.steering.positions import Where
+from fastsae.steering.scratch import Output
 from fastsae.steering.table import Capacity, PolicyTable, keep_address
 from fastsae.steering.trace import Trace
 from fastsae.steering.transcoder import check_policy, is_transcoder, joined
@@ -80,13 +82,14 @@ class Site:
         self.table = PolicyTable(sae, capacity=capacity, device=device, transcoders=True)
         self.first_token = first_token
         self.rows = Rows()
-        self.active = self.in_table = self.phased = self.demanded = False
+        self.active = self.in_table = self.table_only = self.phased = self.demanded = False
         self.staged: list[tuple[StagedPolicy, list[int]]] = []
         self.calls = 0  # forwards that ran this site's Python; a compiled graph does not count
         self._acquired: list[Policy] = []
         self.slots = self.strengths = self.lengths = self.has_policy = self.counts = None
         self.on_prompt = self.on_generated = self.watch_slots = None
         self.forwards: Tensor | None = None  # [1, 1] that applied a required policy, ever
+        self.output = Output()
         self.nobody = self.no_slot = None  # [1, 1] zeros for tokens that are not steered
 
     @property
@@ -142,6 +145,8 @@ class Site:
         )
         self.lengths = self._fill(self.lengths, rows.lengths, torch.int64)
         self.in_table = any(slots)
+        others = self.staged or self.transcodes or self.dose or self.watch
+        self.table_only = self.in_table and not others
         self.phased = any(policy.phase != "all" for policy in used)
         self.active = bool(used)
         self.demanded = any(policy.required for policy in used)
@@ -214,6 +219,12 @@ class Site:
         if not torch.compiler.is_compiling():
             self.calls += 1
         rows = self._rows_of(residual, where)
+        if self.table_only and not where.packed:
+            out = tokens.steered(self, residual, where)
+            if out is not None:
+                if self.demanded:
+                    self.forwards.add_(1)
+                return out
         chosen = where.steered(residual, self.first_token)  # a buffer: good for this call only
         if self.phased:
             chosen = self._in_phase(chosen, residual, rows, where)

@@ -234,16 +234,18 @@ def oracle():
 
 @pytest.fixture
 def count_steered(monkeypatch):
-    """Starts to count, per batch row, the tokens that reach the steer op in a slot other than 0."""
+    """Starts to count, per batch row, the tokens that come out of a site changed, calls in turn."""
 
     def start():
-        counter, real = SimpleNamespace(rows=0), site.steer
+        counter, real = SimpleNamespace(rows=0), site.Site.apply
 
-        def counting(residual, slots, strengths, table):
-            counter.rows = counter.rows + (slots != 0).sum(1)
-            return real(residual, slots, strengths, table)
+        def counting(self, residual, where):
+            before = residual.clone()
+            after = real(self, residual, where)
+            counter.rows = counter.rows + (after != before).any(-1).sum(1)
+            return after
 
-        monkeypatch.setattr(site, "steer", counting)
+        monkeypatch.setattr(site.Site, "apply", counting)
         return counter
 
     return start

@@ -30,9 +30,7 @@ def bench():
 def condition(times: list, hook: float | None = None):
     """Tokens that take the given milliseconds, one after another; `handle` where it has hooks."""
     made, times = SimpleNamespace(ids=torch.ones(1, 1), hooks=[]), iter(times)
-    made.model = SimpleNamespace(dtype=torch.bfloat16)
-    if hook is not None:
-        made.handle = object()
+    made.model, made.bare = SimpleNamespace(dtype=torch.bfloat16), hook is None
 
     def token():
         made.hooks.append(hook or 0.0)
