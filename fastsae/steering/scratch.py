@@ -53,22 +53,26 @@ class Output:
 
     def __init__(self):
         self._kept: Tensor | None = None
-        self._storage = self._alone = None
+        self._alone = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         kept = self._kept
         if kept is not None and kept.shape == x.shape and kept.dtype is x.dtype:
-            if _users(self._storage) == self._alone:
+            if _users(kept) == self._alone:
                 return kept
         # An inference tensor could not be used in a forward outside such a block.
         with torch.inference_mode(False):
             made = torch.empty_like(x)
-        if _users is not None and made.nbytes <= KEPT_BYTES:
-            self._kept, self._storage = made, made.untyped_storage()._cdata
-            self._alone = _users(self._storage)
+        if _count is not None and made.nbytes <= KEPT_BYTES:
+            self._kept, self._alone = made, _users(made)
         return made
 
 
 KEPT_BYTES = 4 << 20  # a decode step of many rows; prompts are new ones every time
-# How many tensors share a storage, which torch's own CUDA graphs count with; None: reuse nothing.
-_users = getattr(torch._C, "_storage_Use_Count", None)
+# torch's own CUDA graphs count with it. None: every output is a new one.
+_count = getattr(torch._C, "_storage_Use_Count", None)
+
+
+def _users(tensor: Tensor) -> int:
+    """How many tensors share this one's storage, and the storage object made to ask."""
+    return _count(tensor.untyped_storage()._cdata)

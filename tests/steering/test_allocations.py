@@ -1,5 +1,6 @@
 """The hooks allocate nothing for a decoded token, and never write what somebody still holds."""
 
+import copy
 import functools
 import gc
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastsae.steering import Policy, add, attach, gate
+from fastsae.steering import Policy, add, attach, gate, scratch
 from fastsae.steering.scratch import KEPT_BYTES, Output, Scratch
 
 pytest.importorskip("transformers")
@@ -142,6 +143,21 @@ def test_recorded_hidden_states_keep_their_tokens(llama, make_sae):
     for layer, whole in enumerate(again.hidden_states):
         steps = torch.cat([step[layer] for step in made.hidden_states], dim=1)
         torch.testing.assert_close(steps, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_has_an_output_of_its_own():
+    output, x = Output(), torch.zeros(2, 1, 8)
+    held = output(x).view(-1)
+    copied = copy.deepcopy(output)
+    del output
+    assert copied(x).data_ptr() == copied(x).data_ptr() != held.data_ptr()
+
+
+def test_without_a_count_of_users_every_output_is_new(monkeypatch):
+    monkeypatch.setattr(scratch, "_count", None)
+    output, x = Output(), torch.zeros(2, 1, 8)
+    one = output(x)
+    assert output(x) is not one
 
 
 def test_a_large_output_is_not_kept():
