@@ -4,7 +4,6 @@ Providers: every compiled backend of fastsae that serves the op here (native, tr
 where there is none); `torch` is what a user would write without fastsae.
 """
 
-import copy
 import functools
 import importlib.util
 import math
@@ -36,7 +35,6 @@ from fastsae.ops.backend import supported
 
 GRAPHS = ("triton", "native", "torch")
 SORTED_FEATURES = 256  # features that the Python sort is measured on
-TOKENS = 8  # decoded in one timed call
 
 
 def served(op: str, device: str, dtype, call: Callable) -> dict[str, Callable]:
@@ -289,39 +287,6 @@ def steer_case(device: str, N: int, D: int, items: int, dtype, idle: bool = Fals
     traffic = 2 * N * D * x.element_size() + (0 if idle else 2 * items * D * 4)
     shape = {"N": N, "D": D, "k": 0 if idle else items}
     return Case("steer", shape, name_of(dtype), providers, check, traffic, 0, "warm", GRAPHS)
-
-
-def steer_token_case(device: str, items: int = 64) -> Case:
-    """A token decoded by Gemma 3 270M with and without a policy of `items` features at one layer.
-
-    Two modules share the weights and only one is steered, so both are timed in turn.
-    """
-    import fastsae
-    from fastsae.demo.run import SHIPPED_SAE
-    from fastsae.models import load_model
-
-    model, tokenizer = load_model("gemma3-270m")
-    kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    plain, sae = copy.deepcopy(model, kept), fastsae.SAE.from_pretrained(SHIPPED_SAE)
-    policy = fastsae.Policy([fastsae.add(list(range(items)), 1.0, unit="mean")], phase="all")
-    fastsae.attach(model, sae).set(policy)
-    prompt = tokenizer("I went to the", return_tensors="pt")
-    options = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
-
-    def decode(model, i):
-        return model.generate(**prompt, **options)
-
-    unsteered = decode(plain, 0)
-
-    def check(name, result):
-        assert result.shape == unsteered.shape, f"{name}: {list(result.shape)}"
-        assert (name == "unsteered") == torch.equal(result, unsteered), f"{name}: wrong text"
-
-    providers = {"native": functools.partial(decode, model)}
-    providers["unsteered"] = functools.partial(decode, plain)
-    shape = {"N": 1, "D": sae.config.d_in, "k": items}
-    work = (0, 0, "warm", (), {}, "unsteered", dict.fromkeys(providers, 1 / TOKENS))
-    return Case("steer_token", shape, name_of(plain.dtype), providers, check, *work)
 
 
 def roofline_case(device: str, what: str) -> Case:

@@ -10,7 +10,6 @@ targets.py that its rows can judge. `--profile` shows instead where the time goe
 """
 
 import functools
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from cases import (
     roofline_case,
     sparse_outer_case,
     steer_case,
-    steer_token_case,
     topk_case,
 )
 from common import parser, run_all
@@ -34,7 +32,6 @@ from targets import MI_SHAPES, SHAPES, STEER
 
 GPU_D, GPU_F, GPU_K = 4096, 65536, 32
 MEAN_L0 = 64
-DEMO_PACKAGES = ("transformers", "gguf")
 
 
 def cpu_cases(quick: bool) -> list[tuple]:
@@ -59,10 +56,6 @@ def cpu_cases(quick: bool) -> list[tuple]:
     cases += [(maker, (*SHAPES["A"], F32)) for maker in (gather_dot_case, sparse_outer_case)]
     cases += [(mi_topk_case, shape) for shape in MI_SHAPES]
     cases += [(steer_case, (*STEER, F32, idle)) for idle in (False, True)]
-    if all(importlib.util.find_spec(name) for name in DEMO_PACKAGES):
-        cases.append((steer_token_case, ()))
-    else:
-        print("steer_token: skipped; pip install --no-build-isolation -e '.[demo]'")
     return cases
 
 

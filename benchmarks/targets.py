@@ -144,8 +144,6 @@ def _targets() -> Iterable[Target]:
     yield Target("sparsify_train_step", "≥ 2 x faster than sparsify", 1 / 2, _train, ("sparsify",))
     bases = ("SAELens", "SAELens sparse")
     yield Target("saelens_train_step", "faster than SAELens", 1, _train, bases)
-    token = "steering adds ≤ 1 % to a decoded token"
-    yield Target("steer_token", token, 1.01, _any, ("unsteered",))
     for name, limit, text in STEERED:
         for op, where in (("token", ""), ("hooks", ", in the hooks")):
             told = f"adds ≤ {text} to a token{where}"
