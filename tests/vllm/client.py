@@ -13,6 +13,7 @@ import urllib.request
 from types import SimpleNamespace
 
 KEY = {"X-Fastsae-Key": "a-second-key"}
+UNSTEERED = {"prompt": [5, 6, 7], "steering": None, "tokens": 2}
 
 
 def call(url, body=None, *, method=None, headers=(), timeout=60):
@@ -107,3 +108,35 @@ def stream(server, body):
                 chunk = json.loads(line[6:])
                 assert "error" not in chunk, chunk
                 yield chunk["choices"][0]["token_ids"] or []
+
+
+def wait_until_idle(server):
+    for _ in range(100):
+        status = status_of(server)
+        if not any(status["in_use"]) and status["held"] == 0:
+            break
+        time.sleep(0.2)
+    # Workers hear of the last requests that finished with the next step.
+    call(f"{server.url}/v1/completions", completion(server, UNSTEERED))
+    status = status_of(server)
+    assert not any(status["in_use"]) and status["held"] == 0
+    assert all(each["requests"] == each["policies"] == 0 for each in status["workers"])
+
+
+def processes_of(server) -> dict[str, int]:
+    """The server's and its engines' process ids, by name."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)], capture_output=True, text=True
+    ).stdout
+    engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
+    assert engines, listed
+    return {"server": server.process.pid} | {f"engine {i}": pid for i, pid in enumerate(engines)}
+
+
+def mebibytes_of(server) -> dict[str, float]:
+    """Resident memory of each of its processes."""
+    found = {}
+    for name, pid in processes_of(server).items():
+        command = ["ps", "-o", "rss=", "-p", str(pid)]
+        found[name] = int(subprocess.run(command, capture_output=True, text=True).stdout) / 1024
+    return found
