@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+from fastsae.ops import backend
 from fastsae.ops.dose import clamp
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.steer import SteerTable, steer
@@ -113,22 +114,13 @@ def steer_residual(
     steered, staged = active.tolist() if on_cpu else (1, stages is not None)
     if not (steered or staged):
         return
-    flat = hidden.view(-1, hidden.shape[-1])
-    rows = flat.shape[0]
+    rows = hidden.numel() // hidden.shape[-1]
     if rows > slots.shape[0]:
         raise FastsaeError(f"hidden: got {rows} rows, the buffers hold {slots.shape[0]}")
-    other = None if residual is None else residual.view(flat.shape)
-    slots, strengths = slots[:rows], strengths[:rows]
-    index = None
-    if on_cpu:  # only the rows that have something to do
-        chosen = slots != 0
-        if staged:
-            chosen |= stages[-1, :rows] != 0
-        index = chosen.nonzero()[:, 0]
-        slots, strengths = slots[index], strengths[index]
-    x = flat if index is None else flat[index]
-    if other is not None:
-        x = x + (other if index is None else other[index])
+    compiled = on_cpu and hidden.is_contiguous() and backend.leaf("_residual_rows", hidden)
+    take = torch.ops.fastsae._residual_rows if compiled else _take_some if on_cpu else _take_all
+    finish = stages[-1] if staged else None
+    x, index, slots, strengths, seen = take(hidden, residual, slots, strengths, finish, watched)
     y = steer(x, slots, strengths, SteerTable(*table))
     if staged:
         stage = stages[:, :rows] if index is None else stages[:, index]
@@ -136,23 +128,53 @@ def steer_residual(
     if dose:
         y = clamp(x, y, dose)
     if watched is not None:
-        watched = watched[:rows] if index is None else watched[:rows][index]
-        watch_(x, y, watched, WatchTable(*watch, sums, maxima))
+        watch_(x, y, seen, WatchTable(*watch, sums, maxima))
+    put = torch.ops.fastsae._residual_put if compiled else _put_some if on_cpu else _put_all
+    put(hidden, residual, x, y, index, seen, seconds, time.perf_counter() - began)
+
+
+# What a captured graph does: every row, whatever its slot.
+
+
+def _take_all(hidden, residual, slots, strengths, finish, watched):
+    x = hidden.view(-1, hidden.shape[-1])
+    x = x if residual is None else x + residual.view(x.shape)
+    rows = x.shape[0]
+    return x, None, slots[:rows], strengths[:rows], None if watched is None else watched[:rows]
+
+
+def _put_all(hidden, residual, x, y, index, watched, seconds, took) -> None:
     # A row nobody changed keeps both its parts: their rounded sum is not what the next layer adds.
     changed = (y != x).any(-1, keepdim=True)
-    target = flat if other is None else other
-    if index is None:
-        target.copy_(torch.where(changed, y.to(target.dtype), target))
-        if other is not None:
-            flat.masked_fill_(changed, 0)
-        return
-    moved = index[changed[:, 0]]
-    target[moved] = y[changed[:, 0]].to(target.dtype)
-    if other is not None:
+    target = (hidden if residual is None else residual).view(x.shape)
+    target.copy_(torch.where(changed, y.to(target.dtype), target))
+    if residual is not None:
+        hidden.view(x.shape).masked_fill_(changed, 0)
+
+
+# On a CPU: only the rows that have something to do. csrc/ops_residual.cpp does the same.
+
+
+def _take_some(hidden, residual, slots, strengths, finish, watched):
+    x, _, slots, strengths, watched = _take_all(hidden, None, slots, strengths, None, watched)
+    chosen = slots != 0
+    if finish is not None:
+        chosen |= finish[: len(slots)] != 0
+    index = chosen.nonzero()[:, 0]
+    watched = torch.zeros_like(slots) if watched is None else watched
+    other = 0 if residual is None else residual.view(x.shape)[index]
+    return x[index] + other, index, slots[index], strengths[index], watched[index]
+
+
+def _put_some(hidden, residual, x, y, index, watched, seconds, took) -> None:
+    changed = (y != x).any(-1)
+    moved, flat = index[changed], hidden.view(-1, hidden.shape[-1])
+    target = flat if residual is None else residual.view(flat.shape)
+    target[moved] = y[changed].to(target.dtype)
+    if residual is not None:
         flat[moved] = 0
     if seconds is not None:
-        shares = torch.bincount(watched, minlength=len(seconds)) / max(1, len(watched))
-        seconds += shares.double() * (time.perf_counter() - began)
+        seconds += torch.bincount(watched, minlength=len(seconds)) * (took / max(1, len(watched)))
 
 
 def _staged(x, y, stage, strengths, table, members, k) -> Tensor:

@@ -9,7 +9,7 @@ leading dimensions.
 import torch
 from torch import Tensor
 
-from fastsae.ops import backend, csr, residual
+from fastsae.ops import backend, csr, residual, watch
 from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
@@ -35,6 +35,8 @@ for schema in (
     " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k, float dose,"
     " Tensor? watched, Tensor[] watch, Tensor(c!)? sums, Tensor(d!)? maxima,"
     " Tensor(e!)? seconds) -> ()",
+    "watch_(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums, Tensor(b!) maxima)"
+    " -> ()",
 ):
     lib.define(schema)
 
@@ -65,6 +67,12 @@ LEAVES: tuple[str, ...] = (
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",
     "_steer_rows(Tensor x, Tensor slots, Tensor strengths, Tensor[] table) -> Tensor",
+    "_residual_rows(Tensor hidden, Tensor? residual, Tensor slots, Tensor strengths,"
+    " Tensor? finish, Tensor? watched) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "_residual_put(Tensor(a!) hidden, Tensor(b!)? residual, Tensor x, Tensor y, Tensor index,"
+    " Tensor watched, Tensor(c!)? seconds, float took) -> ()",
+    "_watch_rows(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums,"
+    " Tensor(b!) maxima) -> ()",
     "_set_isa(str name) -> int",
     "_get_isa() -> str",
 )
@@ -129,6 +137,7 @@ for name, function in (
 ):
     lib.impl(name, function, "CPU")
     lib.impl(name, function, "CUDA")
+lib.impl("watch_", watch.watch_on_cpu, "CPU")  # elsewhere a graph may fuse what it does
 
 
 def _code_gradients(values, indices, g, x, W):
@@ -210,6 +219,11 @@ def _(features, words, top, objective, temperature, backend):
 @_fake("steer")
 def _(x, slots, strengths, table, backend):
     return torch.empty_like(x)
+
+
+@_fake("watch_")
+def _(x, r, slots, table, sums, maxima):
+    return None
 
 
 @_fake("steer_residual_")
