@@ -6,6 +6,7 @@ GPU it must not look (a captured graph runs no Python), and slot 0 of the steer 
 """
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,78 +39,45 @@ class MemberTable(NamedTuple):
     b_dec: Tensor  # [D]
 
 
-def steer_residual_(
+def steer_residual(
     hidden: Tensor,
     residual: Tensor | None,
     active: Tensor,
     slots: Tensor,
     strengths: Tensor,
-    table: SteerTable,
-    stages: Tensor | None = None,
-    members: MemberTable | None = None,
-    k: int = 0,
-    *,
-    dose: float | None = None,
-    watched: Tensor | None = None,
-    watch: WatchTable | None = None,
-    seconds: Tensor | None = None,
+    table: Sequence[Tensor],
+    stages: Tensor | None,
+    members: Sequence[Tensor],
+    k: int,
+    dose: float,
+    watched: Tensor | None,
+    watch: Sequence[Tensor],
+    sums: Tensor | None,
+    maxima: Tensor | None,
+    seconds: Tensor | None,
 ) -> None:
     """hidden + residual becomes `steer(hidden + residual)`, row by row and in place.
 
+    What is behind the op `fastsae::steer_residual_`, which graphs keep whole; where Python runs in
+    every step it may be called as it is.
+
     hidden, residual [..., D] of T rows in all (residual may be None); active [2] int32: is any slot
-    set, is any stage; slots [≥ T] int32; strengths [≥ T] float32. A row that steering changes has
-    its new residual in `residual` and zeros in `hidden` (in `hidden` when there is only that); all
-    other rows keep their bits. Rows are numbered over the leading dimensions.
+    set, is any stage; slots [≥ T] int32; strengths [≥ T] float32; table: the fields of a
+    SteerTable. A row that steering changes has its new residual in `residual` and zeros in `hidden`
+    (in `hidden` when there is only that); all other rows keep their bits. Rows are numbered over
+    the leading dimensions.
 
     stages [2M + 2, ≥ T] int32 serves policies whose operations ask for membership in the k largest
     of the whole dictionary: table slot, member slot, table slot, …, table slot, and the slot of the
-    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`. On a CPU the
-    dictionary is encoded for the rows that ask for it; a captured graph encodes all.
+    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`. members: the
+    fields of a MemberTable. On a CPU the dictionary is encoded for the rows that ask for it; a
+    captured graph encodes all.
 
-    dose: the largest ‖r − x‖ / ‖x‖ of a row, moved back to it (ops/dose.py). watched [≥ T] int32
-    and watch: slots of a WatchTable, which the rows with a policy are added to, after the dose.
-    seconds [S] float64: on a CPU, this op's wall time, to the watched slots by their rows.
+    dose: the largest ‖r − x‖ / ‖x‖ of a row, moved back to it (ops/dose.py); 0 is no limit.
+    watched [≥ T] int32 and watch, sums, maxima: slots of a WatchTable and its fields, which the
+    rows with a policy are added to, after the dose. seconds [S] float64: on a CPU, this op's wall
+    time, to the watched slots by their rows.
     """
-    read, sums, maxima = [], None, None
-    if watch is not None:
-        *read, sums, maxima = watch
-    torch.ops.fastsae.steer_residual_(
-        hidden,
-        residual,
-        active,
-        slots,
-        strengths,
-        list(table),
-        stages,
-        [] if members is None else list(members),
-        k,
-        dose or 0.0,
-        watched,
-        read,
-        sums,
-        maxima,
-        seconds,
-    )
-
-
-def steer_residual(
-    hidden,
-    residual,
-    active,
-    slots,
-    strengths,
-    table,
-    stages,
-    members,
-    k,
-    dose,
-    watched,
-    watch,
-    sums,
-    maxima,
-    seconds,
-) -> None:
-    """The implementation behind the op's schema."""
     began, on_cpu = time.perf_counter(), hidden.is_cpu
     steered, staged = active.tolist() if on_cpu else (1, stages is not None)
     if not (steered or staged):
@@ -127,7 +95,9 @@ def steer_residual(
         y = _staged(x, y, stage, strengths, SteerTable(*table), MemberTable(*members), k)
     if dose:
         y = clamp(x, y, dose)
-    if watched is not None:
+    if watched is not None and compiled:
+        torch.ops.fastsae._watch_rows(x, y, seen, watch, sums, maxima)
+    elif watched is not None:
         watch_(x, y, seen, WatchTable(*watch, sums, maxima))
     put = torch.ops.fastsae._residual_put if compiled else _put_some if on_cpu else _put_all
     put(hidden, residual, x, y, index, seen, seconds, time.perf_counter() - began)
