@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 KEY = {"X-Fastsae-Key": "a-second-key"}
@@ -29,27 +30,36 @@ def call(url, body=None, *, method=None, headers=(), timeout=60):
 
 
 @contextlib.contextmanager
-def started(tiny, folder, environment, elsewhere, **more):
-    """A server on a free port, its admin keys and its audit file; killed at the end."""
+def started(tiny, folder, environment, elsewhere, *, flags=None, environ=(), **more):
+    """A server on a free port, its admin keys and its audit file; killed at the end.
+
+    flags: for `vllm serve`, which starts several; more: settings of the plugin.
+    """
     (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = tiny.engine_arguments(folder)
-    flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
+    model = arguments.pop("model")
+    told = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
-        flags += [flag] if value is True else [flag, str(value)]
+        told += [flag] if value is True else [flag, str(value)]
     audit = elsewhere / f"{port}.jsonl"
     keys = str(elsewhere / "keys")
     more = {"admin_keys": keys, "audit": str(audit), "max_policies": 6} | more
     settings = tiny.settings(folder, **more)
-    flags += ["--additional-config", json.dumps(settings)]
+    told += ["--additional-config", json.dumps(settings)]
+    command = ["-m", "vllm.entrypoints.openai.api_server"]
+    if flags is not None:  # its model is an argument, not an option
+        command = [str(Path(__file__).with_name("serve.py")), "serve", model, *flags]
+    else:
+        told += ["--model", model]
     log = (elsewhere / f"{port}.log").open("w+")
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
+        [sys.executable, "-P", *command, *told],
         cwd=elsewhere,
-        env=environment | {"VLLM_PLUGINS": "fastsae"},
+        env=environment | {"VLLM_PLUGINS": "fastsae"} | dict(environ),
         stdout=log,
         stderr=log,
         start_new_session=True,

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-WITH_VLLM = ("engine", "fuzz", "killed", "middleware", "server")
+WITH_VLLM = ("engine", "fuzz", "killed", "middleware", "parallel", "server")
 # The middleware counts with prometheus_client, which every vLLM brings along.
 collect_ignore = [] if HAS_VLLM else [f"test_{name}.py" for name in WITH_VLLM]
 
@@ -32,7 +32,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def start(tiny, folder, environment, tmp_path_factory):
-    """Starts a server; arguments are settings of the plugin."""
+    """Starts a server: see client.started."""
     elsewhere = tmp_path_factory.mktemp("server")
     return functools.partial(_module("client").started, tiny, folder, environment, elsewhere)
 
