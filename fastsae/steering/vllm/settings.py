@@ -154,7 +154,7 @@ def _dose(where: str, given: Any, watch: int) -> Dose | None:
         raise FastsaeError(f"{where}.{error}") from error
     if dose.action == "refuse":
         raise FastsaeError(
-            f'{where}.action: "refuse" must fail one request of a batch with a reason, and vLLM has '
+            f'{where}.action: "refuse" must fail one request of a batch, saying why, and vLLM has '
             'no way from a forward back to the scheduler; use "clamp", or fastsae serve'
         )
     if dose.action == "warn" and not watch:

@@ -18,7 +18,7 @@ from fastsae.steering.vllm.settings import KEY, Settings
 from fastsae.steering.vllm.step import Applied
 
 log = logging.getLogger("vllm.plugins.fastsae")  # below vLLM's own, so that it is shown
-GRAPH = 2  # counts changes of what `SteeredLayer.forward` and its op put into a graph
+GRAPH = 3  # counts changes of what `SteeredLayer.forward` and its op put into a graph
 
 
 class Steered:
