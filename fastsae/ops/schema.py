@@ -55,6 +55,12 @@ LEAVES: tuple[str, ...] = (
     "_encode_digest(Tensor W) -> int",
     "_encode_stages() -> Tensor",
     "_release_workspaces() -> int",
+    "_residual_rows(Tensor hidden, Tensor? residual, Tensor slots, Tensor strengths,"
+    " Tensor? finish, Tensor? watched) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "_residual_put(Tensor(a!) hidden, Tensor(b!)? residual, Tensor x, Tensor y, Tensor index,"
+    " Tensor watched, Tensor(c!)? seconds, float took) -> ()",
+    "_watch_rows(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums,"
+    " Tensor(b!) maxima) -> ()",
     "_code_gradients(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor W)"
     " -> (Tensor, Tensor, Tensor)",
     "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
@@ -67,12 +73,6 @@ LEAVES: tuple[str, ...] = (
     "_mi_topk(Tensor logits, Tensor column_lse, float scale, int objective, float log_features,"
     " int top) -> (Tensor, Tensor)",
     "_steer_rows(Tensor x, Tensor slots, Tensor strengths, Tensor[] table) -> Tensor",
-    "_residual_rows(Tensor hidden, Tensor? residual, Tensor slots, Tensor strengths,"
-    " Tensor? finish, Tensor? watched) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "_residual_put(Tensor(a!) hidden, Tensor(b!)? residual, Tensor x, Tensor y, Tensor index,"
-    " Tensor watched, Tensor(c!)? seconds, float took) -> ()",
-    "_watch_rows(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums,"
-    " Tensor(b!) maxima) -> ()",
     "_set_isa(str name) -> int",
     "_get_isa() -> str",
 )
