@@ -173,6 +173,25 @@ struct SteerArgs {
   SteerTableArgs table;
 };
 
+struct ResidualArgs {
+  void *hidden, *residual;  // [N, D]; residual may be null
+  DType type;               // of all
+  const int64_t* index;     // rows of them
+  void* x;                  // one of each index
+  const void* y;
+  int64_t D;
+};
+
+struct WatchArgs {
+  const void *x, *r;  // [N, D]
+  DType type;
+  const int32_t* slots;  // [N]
+  const float *enc, *bias, *floor, *gate, *above;
+  const int32_t* count;  // [S] features of a slot
+  int64_t D, J;
+  double* values;  // [N, 4 + J]
+};
+
 // Rows of a matrix in tiles of `parts` bf16 that add up to the values (parts = 1: they are bf16).
 struct MiSplitArgs {
   const void* x;  // [N, D] of type
@@ -226,6 +245,9 @@ struct Kernels {
   void (*encode_write)(const EncodeArgs&, int64_t begin, int64_t end);             // rows
   bool tiles;  // encode_scan can screen
   void (*steer_rows)(const SteerArgs&, int64_t begin, int64_t end);
+  void (*residual_take)(const ResidualArgs&, int64_t begin, int64_t end);
+  void (*residual_put)(const ResidualArgs&, int64_t begin, int64_t end);
+  void (*watch_rows)(const WatchArgs&, int64_t begin, int64_t end);
   void (*mi_split)(const MiSplitArgs&, int64_t begin, int64_t end);      // blocks of 16 rows
   void (*mi_product)(const MiProductArgs&, int64_t begin, int64_t end);  // blocks of kMiWords words
   void (*mi_columns)(const MiArgs&, int64_t begin, int64_t end);

@@ -4,9 +4,11 @@
 #include "encode.h"
 #include "mi.h"
 #include "mi_product.h"
+#include "residual.h"
 #include "sparse_outer.h"
 #include "steer.h"
 #include "train.h"
+#include "watch.h"
 
 #define FASTSAE_KERNELS(I, name) \
   {name,                         \
@@ -25,6 +27,9 @@
    encode_write<I>,              \
    I::kTiles,                    \
    steer_rows<I>,                \
+   residual_take<I>,             \
+   residual_put<I>,              \
+   watch_rows<I>,                \
    mi_split<I>,                  \
    mi_product<I>,                \
    mi_columns<I>,                \

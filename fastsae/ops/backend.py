@@ -167,6 +167,23 @@ def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | Non
     return implementation(op, "native") if _native_missing(op, "CPU") is None else None
 
 
+def leaf(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a CPU call may use this leaf op: built, for the tensor's type, and nothing forbids.
+
+    For ops without a choice of their own, which do the same in plain torch everywhere else.
+    """
+    forced = os.environ.get("FASTSAE_BACKEND") or "native"
+    return forced == "native" and tensor.dtype in _FAST_DTYPES and _has_leaf(name)
+
+
+@functools.cache
+def _has_leaf(name: str) -> bool:
+    from fastsae.ops import extension
+
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return extension.problem() is None and has(f"fastsae::{name}", "CPU")
+
+
 def call(op: str, backend: str, tensors: tuple[torch.Tensor, ...], *args):
     """Run `op` with the chosen backend; `tensors` decide device and dtype."""
     run = implementation(op, choose(op, *tensors, backend=backend or None).name)

@@ -6,12 +6,14 @@ GPU it must not look (a captured graph runs no Python), and slot 0 of the steer 
 """
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+from fastsae.ops import backend
 from fastsae.ops.dose import clamp
 from fastsae.ops.encode import encode_topk
 from fastsae.ops.steer import SteerTable, steer
@@ -37,122 +39,112 @@ class MemberTable(NamedTuple):
     b_dec: Tensor  # [D]
 
 
-def steer_residual_(
+def steer_residual(
     hidden: Tensor,
     residual: Tensor | None,
     active: Tensor,
     slots: Tensor,
     strengths: Tensor,
-    table: SteerTable,
-    stages: Tensor | None = None,
-    members: MemberTable | None = None,
-    k: int = 0,
-    *,
-    dose: float | None = None,
-    watched: Tensor | None = None,
-    watch: WatchTable | None = None,
-    seconds: Tensor | None = None,
+    table: Sequence[Tensor],
+    stages: Tensor | None,
+    members: Sequence[Tensor],
+    k: int,
+    dose: float,
+    watched: Tensor | None,
+    watch: Sequence[Tensor],
+    sums: Tensor | None,
+    maxima: Tensor | None,
+    seconds: Tensor | None,
 ) -> None:
     """hidden + residual becomes `steer(hidden + residual)`, row by row and in place.
 
+    What is behind the op `fastsae::steer_residual_`, which graphs keep whole; where Python runs in
+    every step it may be called as it is.
+
     hidden, residual [..., D] of T rows in all (residual may be None); active [2] int32: is any slot
-    set, is any stage; slots [≥ T] int32; strengths [≥ T] float32. A row that steering changes has
-    its new residual in `residual` and zeros in `hidden` (in `hidden` when there is only that); all
-    other rows keep their bits. Rows are numbered over the leading dimensions.
+    set, is any stage; slots [≥ T] int32; strengths [≥ T] float32; table: the fields of a
+    SteerTable. A row that steering changes has its new residual in `residual` and zeros in `hidden`
+    (in `hidden` when there is only that); all other rows keep their bits. Rows are numbered over
+    the leading dimensions.
 
     stages [2M + 2, ≥ T] int32 serves policies whose operations ask for membership in the k largest
     of the whole dictionary: table slot, member slot, table slot, …, table slot, and the slot of the
-    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`. On a CPU the
-    dictionary is encoded for the rows that ask for it; a captured graph encodes all.
+    policy's gate and norm, in fp32 throughout. A row of stages has slot 0 in `slots`. members: the
+    fields of a MemberTable. On a CPU the dictionary is encoded for the rows that ask for it; a
+    captured graph encodes all.
 
-    dose: the largest ‖r − x‖ / ‖x‖ of a row, moved back to it (ops/dose.py). watched [≥ T] int32
-    and watch: slots of a WatchTable, which the rows with a policy are added to, after the dose.
-    seconds [S] float64: on a CPU, this op's wall time, to the watched slots by their rows.
+    dose: the largest ‖r − x‖ / ‖x‖ of a row, moved back to it (ops/dose.py); 0 is no limit.
+    watched [≥ T] int32 and watch, sums, maxima: slots of a WatchTable and its fields, which the
+    rows with a policy are added to, after the dose. seconds [S] float64: on a CPU, this op's wall
+    time, to the watched slots by their rows.
     """
-    read, sums, maxima = [], None, None
-    if watch is not None:
-        *read, sums, maxima = watch
-    torch.ops.fastsae.steer_residual_(
-        hidden,
-        residual,
-        active,
-        slots,
-        strengths,
-        list(table),
-        stages,
-        [] if members is None else list(members),
-        k,
-        dose or 0.0,
-        watched,
-        read,
-        sums,
-        maxima,
-        seconds,
-    )
-
-
-def steer_residual(
-    hidden,
-    residual,
-    active,
-    slots,
-    strengths,
-    table,
-    stages,
-    members,
-    k,
-    dose,
-    watched,
-    watch,
-    sums,
-    maxima,
-    seconds,
-) -> None:
-    """The implementation behind the op's schema."""
     began, on_cpu = time.perf_counter(), hidden.is_cpu
     steered, staged = active.tolist() if on_cpu else (1, stages is not None)
     if not (steered or staged):
         return
-    flat = hidden.view(-1, hidden.shape[-1])
-    rows = flat.shape[0]
+    rows = hidden.numel() // hidden.shape[-1]
     if rows > slots.shape[0]:
         raise FastsaeError(f"hidden: got {rows} rows, the buffers hold {slots.shape[0]}")
-    other = None if residual is None else residual.view(flat.shape)
-    slots, strengths = slots[:rows], strengths[:rows]
-    index = None
-    if on_cpu:  # only the rows that have something to do
-        chosen = slots != 0
-        if staged:
-            chosen |= stages[-1, :rows] != 0
-        index = chosen.nonzero()[:, 0]
-        slots, strengths = slots[index], strengths[index]
-    x = flat if index is None else flat[index]
-    if other is not None:
-        x = x + (other if index is None else other[index])
+    compiled = on_cpu and hidden.is_contiguous() and backend.leaf("_residual_rows", hidden)
+    take = torch.ops.fastsae._residual_rows if compiled else _take_some if on_cpu else _take_all
+    finish = stages[-1] if staged else None
+    x, index, slots, strengths, seen = take(hidden, residual, slots, strengths, finish, watched)
     y = steer(x, slots, strengths, SteerTable(*table))
     if staged:
         stage = stages[:, :rows] if index is None else stages[:, index]
         y = _staged(x, y, stage, strengths, SteerTable(*table), MemberTable(*members), k)
     if dose:
         y = clamp(x, y, dose)
-    if watched is not None:
-        watched = watched[:rows] if index is None else watched[:rows][index]
-        watch_(x, y, watched, WatchTable(*watch, sums, maxima))
+    if watched is not None and compiled:
+        torch.ops.fastsae._watch_rows(x, y, seen, watch, sums, maxima)
+    elif watched is not None:
+        watch_(x, y, seen, WatchTable(*watch, sums, maxima))
+    put = torch.ops.fastsae._residual_put if compiled else _put_some if on_cpu else _put_all
+    put(hidden, residual, x, y, index, seen, seconds, time.perf_counter() - began)
+
+
+# What a captured graph does: every row, whatever its slot.
+
+
+def _take_all(hidden, residual, slots, strengths, finish, watched):
+    x = hidden.view(-1, hidden.shape[-1])
+    x = x if residual is None else x + residual.view(x.shape)
+    rows = x.shape[0]
+    return x, None, slots[:rows], strengths[:rows], None if watched is None else watched[:rows]
+
+
+def _put_all(hidden, residual, x, y, index, watched, seconds, took) -> None:
     # A row nobody changed keeps both its parts: their rounded sum is not what the next layer adds.
     changed = (y != x).any(-1, keepdim=True)
-    target = flat if other is None else other
-    if index is None:
-        target.copy_(torch.where(changed, y.to(target.dtype), target))
-        if other is not None:
-            flat.masked_fill_(changed, 0)
-        return
-    moved = index[changed[:, 0]]
-    target[moved] = y[changed[:, 0]].to(target.dtype)
-    if other is not None:
+    target = (hidden if residual is None else residual).view(x.shape)
+    target.copy_(torch.where(changed, y.to(target.dtype), target))
+    if residual is not None:
+        hidden.view(x.shape).masked_fill_(changed, 0)
+
+
+# On a CPU: only the rows that have something to do. csrc/ops_residual.cpp does the same.
+
+
+def _take_some(hidden, residual, slots, strengths, finish, watched):
+    x, _, slots, strengths, watched = _take_all(hidden, None, slots, strengths, None, watched)
+    chosen = slots != 0
+    if finish is not None:
+        chosen |= finish[: len(slots)] != 0
+    index = chosen.nonzero()[:, 0]
+    watched = torch.zeros_like(slots) if watched is None else watched
+    other = 0 if residual is None else residual.view(x.shape)[index]
+    return x[index] + other, index, slots[index], strengths[index], watched[index]
+
+
+def _put_some(hidden, residual, x, y, index, watched, seconds, took) -> None:
+    changed = (y != x).any(-1)
+    moved, flat = index[changed], hidden.view(-1, hidden.shape[-1])
+    target = flat if residual is None else residual.view(flat.shape)
+    target[moved] = y[changed].to(target.dtype)
+    if residual is not None:
         flat[moved] = 0
     if seconds is not None:
-        shares = torch.bincount(watched, minlength=len(seconds)) / max(1, len(watched))
-        seconds += shares.double() * (time.perf_counter() - began)
+        seconds += torch.bincount(watched, minlength=len(seconds)) * (took / max(1, len(watched)))
 
 
 def _staged(x, y, stage, strengths, table, members, k) -> Tensor:

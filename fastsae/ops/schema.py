@@ -9,7 +9,7 @@ leading dimensions.
 import torch
 from torch import Tensor
 
-from fastsae.ops import backend, csr, residual
+from fastsae.ops import backend, csr, residual, watch
 from fastsae.ops.steer import SteerTable
 
 lib = torch.library.Library("fastsae", "DEF")
@@ -35,6 +35,8 @@ for schema in (
     " Tensor strengths, Tensor[] table, Tensor? stages, Tensor[] members, int k, float dose,"
     " Tensor? watched, Tensor[] watch, Tensor(c!)? sums, Tensor(d!)? maxima,"
     " Tensor(e!)? seconds) -> ()",
+    "watch_(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums, Tensor(b!) maxima)"
+    " -> ()",
 ):
     lib.define(schema)
 
@@ -53,6 +55,12 @@ LEAVES: tuple[str, ...] = (
     "_encode_digest(Tensor W) -> int",
     "_encode_stages() -> Tensor",
     "_release_workspaces() -> int",
+    "_residual_rows(Tensor hidden, Tensor? residual, Tensor slots, Tensor strengths,"
+    " Tensor? finish, Tensor? watched) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "_residual_put(Tensor(a!) hidden, Tensor(b!)? residual, Tensor x, Tensor y, Tensor index,"
+    " Tensor watched, Tensor(c!)? seconds, float took) -> ()",
+    "_watch_rows(Tensor x, Tensor r, Tensor slots, Tensor[] table, Tensor(a!) sums,"
+    " Tensor(b!) maxima) -> ()",
     "_code_gradients(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor W)"
     " -> (Tensor, Tensor, Tensor)",
     "_train_rows(Tensor values, Tensor indices, Tensor g, Tensor x, Tensor db_dec,"
@@ -132,6 +140,7 @@ for name, function in (
 ):
     lib.impl(name, function, "CPU")
     lib.impl(name, function, "CUDA")
+lib.impl("watch_", watch.watch_on_cpu, "CPU")  # elsewhere a graph may fuse what it does
 
 
 def _code_gradients(values, indices, g, x, W):
@@ -213,6 +222,11 @@ def _(features, words, top, objective, temperature, backend):
 @_fake("steer")
 def _(x, slots, strengths, table, backend):
     return torch.empty_like(x)
+
+
+@_fake("watch_")
+def _(x, r, slots, table, sums, maxima):
+    return None
 
 
 @_fake("steer_residual_")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae.ops import backend
+
 
 class WatchTable(NamedTuple):
     """What `watch_` reads and writes, S slots (0: not watched) of up to J features on one device.
@@ -17,6 +19,7 @@ class WatchTable(NamedTuple):
     floor: Tensor  # [S, J] float32, max(θ, 0): a = h where h is above it, else 0
     gate: Tensor  # [S, J] float32, 1/n for the n features of the gate, else 0
     above: Tensor  # [S] float32, the gate's threshold; −inf: no gate
+    count: Tensor  # [S] int32, features of the slot: the first ones, the rest is zeros
     sums: Tensor  # [S, 4 + J] float64: tokens, tokens not finite, gates open, dose, activations
     maxima: Tensor  # [S, 1 + J] float32: dose, activations
 
@@ -30,8 +33,28 @@ def watch_(x: Tensor, r: Tensor, slots: Tensor, table: WatchTable) -> None:
     1 to its slot's "not finite" and to nothing else. x and r of any float type, slots of any
     integer type in [0, S). Slot 0 gathers what nobody reads. The order of the sums is fixed.
     """
+    x, r = x.detach(), r.detach()
+    if not x.is_cpu:
+        return watch(x, r, slots, table)
+    *read, sums, maxima = table
+    torch.ops.fastsae.watch_(x, r, slots, read, sums, maxima)
+    return None
+
+
+def watch_on_cpu(x, r, slots, read, sums, maxima) -> None:
+    """The implementation behind the op's schema: one that compiled models keep whole."""
+    if x.dtype is r.dtype and backend.leaf("_watch_rows", x):
+        x, r = (t.reshape(-1, t.shape[-1]).contiguous() for t in (x, r))
+        slots = slots.reshape(-1).to(torch.int32)
+        torch.ops.fastsae._watch_rows(x, r, slots, read, sums, maxima)
+    else:
+        watch(x, r, slots, WatchTable(*read, sums, maxima))
+
+
+def watch(x: Tensor, r: Tensor, slots: Tensor, table: WatchTable) -> None:
+    """watch_ in plain torch: for GPUs, and the oracle of the compiled one."""
     features, slots = table.enc.shape[1], slots.reshape(-1).long()
-    x, r = (t.detach().reshape(-1, t.shape[-1]).float() for t in (x, r))
+    x, r = (t.reshape(-1, t.shape[-1]).float() for t in (x, r))
     length, change = x.norm(dim=-1), (r - x).norm(dim=-1)
     finite = (length + change).isfinite()
     dose = torch.where(change > 0, change / length, 0.0).clamp(max=torch.finfo(torch.float32).max)

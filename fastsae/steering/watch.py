@@ -56,6 +56,7 @@ class Watch:
                 "floor": torch.zeros(slots, features),
                 "gate": torch.zeros(slots, features),
                 "above": torch.full((slots,), -torch.inf),
+                "count": torch.zeros(slots, dtype=torch.int32),
                 "sums": torch.zeros(slots, 4 + features, dtype=torch.float64),
                 "maxima": torch.zeros(slots, 1 + features),
             }
@@ -154,6 +155,7 @@ class Watch:
             table.bias[slot, :count].copy_(rows.bias)
             table.floor[slot, :count].copy_(rows.theta.clamp(min=0))
             table.gate[slot, : len(gated)] = 1 / max(1, len(gated))
+            table.count[slot] = count
             table.above[slot] = -torch.inf if policy.gate is None else policy.gate.above
         self._clear(slot)
         return resident

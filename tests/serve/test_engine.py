@@ -2,10 +2,12 @@
 
 import asyncio
 import collections
+import importlib.util
 import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,59 +19,17 @@ from fastsae.serve.app import create_app
 from fastsae.serve.engine import Engine
 from fastsae.serve.policies import Entry, PolicyStore
 from fastsae.serve.sampling import Sampling
-from fastsae.serve.seats import EngineError, EngineFull, Job
+from fastsae.serve.seats import EngineError, EngineFull
 from fastsae.serve.state import Settings
-from fastsae.steering.control import Decision
 
-transformers = pytest.importorskip("transformers")
-LAYER, NEW = 0, 6
-PROMPTS = [[5, 6, 7, 8], [4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 3], [11, 12, 13]]
+pytest.importorskip("transformers")
+_spec = importlib.util.spec_from_file_location("examples", Path(__file__).with_name("examples.py"))
+examples = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(examples)
+engine, job, answer, policy = examples.engine, examples.job, examples.answer, examples.policy
+POLICIES, PROMPTS, Numbers = examples.POLICIES, examples.PROMPTS, examples.Numbers
+LAYER, NEW = examples.LAYER, examples.NEW
 ONE = {"model_name": "tiny", "admin_keys": ("root",)}
-
-
-class Numbers:
-    """A tokenizer whose words are the numbers of its tokens."""
-
-    chat_template = None
-
-    def __len__(self):
-        return 97
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [int(word) for word in text.split()]}
-
-    def decode(self, tokens, skip_special_tokens=False):
-        return "".join(f" {token}" for token in tokens)
-
-
-def policy(name, features, strength=4.0, **more):
-    return Policy([add(features, strength)], name=name, version="1", **more)
-
-
-POLICIES = [
-    policy("a", [1, 2]),
-    policy("b", [3], phase="generated"),
-    policy("c", [4, 5], phase="prompt", required=True),
-    policy("d", [6], -6.0, norm="preserve"),
-]
-
-
-@pytest.fixture
-def engine(parts):
-    engine = Engine(parts[0], Numbers(), {LAYER: parts[1]}, cache_tokens=2048, max_policies=8)
-    engine.start()
-    yield engine
-    engine.stop()
-
-
-def job(prompt, entry=None, strength=1.0, new=NEW, how=None):
-    reason = "none" if entry is None else "steered"
-    decision = Decision(entry, strength, reason)
-    return Job(tuple(prompt), new, how or Sampling(0.0), decision)
-
-
-async def answer(engine, each):
-    return [token async for token in engine.run(each)]
 
 
 def test_a_mixed_crowd_writes_what_each_writes_alone(engine, alone, run):

@@ -1,52 +1,26 @@
 """What the engine must never do: let tokens go by unsteered, or let one request break another."""
 
 import asyncio
+import importlib.util
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
-from fastsae import Policy, add
 from fastsae.errors import FastsaeError
 from fastsae.serve.engine import PAGE, Engine
 from fastsae.serve.policies import Entry
-from fastsae.serve.sampling import Sampling
-from fastsae.serve.seats import EngineError, Job
-from fastsae.steering.control import Decision
+from fastsae.serve.seats import EngineError
 from fastsae.steering.positions import Where
 
 pytest.importorskip("transformers")
-LAYER, NEW = 0, 6
-PROMPTS = [[5, 6, 7, 8], [4, 5, 6, 7, 8, 9], [9, 8, 7, 6, 3], [11, 12, 13]]
-
-
-def policy(name, features, strength=4.0, **more):
-    return Policy([add(features, strength)], name=name, version="1", **more)
-
-
-POLICIES = [
-    policy("a", [1, 2]),
-    policy("b", [3], phase="generated"),
-    policy("c", [4, 5], phase="prompt", required=True),
-    policy("d", [6], -6.0, norm="preserve"),
-]
-
-
-@pytest.fixture
-def engine(parts):
-    engine = Engine(parts[0], None, {LAYER: parts[1]}, cache_tokens=2048, max_policies=8)
-    engine.start()
-    yield engine
-    engine.stop()
-
-
-def job(prompt, entry=None, new=NEW):
-    decision = Decision(entry, 1.0, "none" if entry is None else "steered")
-    return Job(tuple(prompt), new, Sampling(0.0), decision)
-
-
-async def answer(engine, each):
-    return [token async for token in engine.run(each)]
+_spec = importlib.util.spec_from_file_location("examples", Path(__file__).with_name("examples.py"))
+examples = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(examples)
+engine, job, answer, policy = examples.engine, examples.job, examples.answer, examples.policy
+POLICIES, PROMPTS = examples.POLICIES, examples.PROMPTS
+LAYER, NEW = examples.LAYER, examples.NEW
 
 
 def test_tokens_that_went_by_unsteered_fail_the_request(engine, run, monkeypatch):

@@ -10,9 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 KEY = {"X-Fastsae-Key": "a-second-key"}
+UNSTEERED = {"prompt": [5, 6, 7], "steering": None, "tokens": 2}
 
 
 def call(url, body=None, *, method=None, headers=(), timeout=60):
@@ -28,27 +30,36 @@ def call(url, body=None, *, method=None, headers=(), timeout=60):
 
 
 @contextlib.contextmanager
-def started(tiny, folder, environment, elsewhere, **more):
-    """A server on a free port, its admin keys and its audit file; killed at the end."""
+def started(tiny, folder, environment, elsewhere, *, flags=None, environ=(), **more):
+    """A server on a free port, its admin keys and its audit file; killed at the end.
+
+    flags: for `vllm serve`, which starts several; more: settings of the plugin.
+    """
     (elsewhere / "keys").write_text("a-first-key\na-second-key\n")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = tiny.engine_arguments(folder)
-    flags = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
+    model = arguments.pop("model")
+    told = ["--port", str(port), "--host", "127.0.0.1", "--served-model-name", "tiny"]
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
-        flags += [flag] if value is True else [flag, str(value)]
+        told += [flag] if value is True else [flag, str(value)]
     audit = elsewhere / f"{port}.jsonl"
     keys = str(elsewhere / "keys")
     more = {"admin_keys": keys, "audit": str(audit), "max_policies": 6} | more
     settings = tiny.settings(folder, **more)
-    flags += ["--additional-config", json.dumps(settings)]
+    told += ["--additional-config", json.dumps(settings)]
+    command = ["-m", "vllm.entrypoints.openai.api_server"]
+    if flags is not None:  # its model is an argument, not an option
+        command = [str(Path(__file__).with_name("serve.py")), "serve", model, *flags]
+    else:
+        told += ["--model", model]
     log = (elsewhere / f"{port}.log").open("w+")
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", *flags],
+        [sys.executable, "-P", *command, *told],
         cwd=elsewhere,
-        env=environment | {"VLLM_PLUGINS": "fastsae"},
+        env=environment | {"VLLM_PLUGINS": "fastsae"} | dict(environ),
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -107,3 +118,35 @@ def stream(server, body):
                 chunk = json.loads(line[6:])
                 assert "error" not in chunk, chunk
                 yield chunk["choices"][0]["token_ids"] or []
+
+
+def wait_until_idle(server):
+    for _ in range(100):
+        status = status_of(server)
+        if not any(status["in_use"]) and status["held"] == 0:
+            break
+        time.sleep(0.2)
+    # Workers hear of the last requests that finished with the next step.
+    call(f"{server.url}/v1/completions", completion(server, UNSTEERED))
+    status = status_of(server)
+    assert not any(status["in_use"]) and status["held"] == 0
+    assert all(each["requests"] == each["policies"] == 0 for each in status["workers"])
+
+
+def processes_of(server) -> dict[str, int]:
+    """The server's and its engines' process ids, by name."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)], capture_output=True, text=True
+    ).stdout
+    engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
+    assert engines, listed
+    return {"server": server.process.pid} | {f"engine {i}": pid for i, pid in enumerate(engines)}
+
+
+def mebibytes_of(server) -> dict[str, float]:
+    """Resident memory of each of its processes."""
+    found = {}
+    for name, pid in processes_of(server).items():
+        command = ["ps", "-o", "rss=", "-p", str(pid)]
+        found[name] = int(subprocess.run(command, capture_output=True, text=True).stdout) / 1024
+    return found

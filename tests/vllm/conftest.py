@@ -13,13 +13,9 @@ import pytest
 
 HERE = Path(__file__).parent
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
-WITH_VLLM = ("engine", "killed", "middleware", "server")
+WITH_VLLM = ("engine", "fuzz", "killed", "middleware", "parallel", "server")
 # The middleware counts with prometheus_client, which every vLLM brings along.
 collect_ignore = [] if HAS_VLLM else [f"test_{name}.py" for name in WITH_VLLM]
-
-
-def pytest_addoption(parser):
-    parser.addoption("--fuzz-requests", type=int, default=1500, help="random requests to a server")
 
 
 def _module(name: str):
@@ -36,7 +32,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def start(tiny, folder, environment, tmp_path_factory):
-    """Starts a server; arguments are settings of the plugin."""
+    """Starts a server: see client.started."""
     elsewhere = tmp_path_factory.mktemp("server")
     return functools.partial(_module("client").started, tiny, folder, environment, elsewhere)
 
@@ -102,10 +98,11 @@ def expected(folder, tiny):
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
     sae = fastsae.SAE.from_pretrained(folder / "sae")
-    policies = {policy.label: policy for policy in Policy.from_file(folder / "policies.json")}
+    of_the_file = Policy.from_file(folder / "policies.json")
     model.generation_config.eos_token_id = None
 
-    def tokens(request, dose=None) -> list[int]:
+    def tokens(request, dose=None, policies=()) -> list[int]:
+        by_label = {policy.label: policy for policy in [*of_the_file, *policies]}
         ids = torch.tensor([request["prompt"]])
         asked = {"max_new_tokens": request["tokens"], "do_sample": False, "pad_token_id": 0}
         if request["steering"] is None:
@@ -114,7 +111,7 @@ def expected(folder, tiny):
         with fastsae.steer(
             model,
             sae,
-            policies[wish["policy"]],
+            by_label[wish["policy"]],
             strength=wish.get("strength", 1.0),
             dose=dose,
         ):

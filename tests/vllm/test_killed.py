@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 _spec = importlib.util.spec_from_file_location("client", Path(__file__).with_name("client.py"))
@@ -22,13 +21,7 @@ def test_a_killed_engine_loses_only_its_requests_and_restarts_clean(start, crowd
         request = crowd[1]
         assert tokens_of(call(url, completion(server, request))) == expected(request)
         longer = completion(server, request | {"tokens": 300})
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,command=", "-g", str(server.process.pid)],
-            capture_output=True,
-            text=True,
-        ).stdout
-        engines = [int(line.split()[0]) for line in listed.splitlines() if "EngineCore" in line]
-        assert engines, listed
+        engines = [pid for name, pid in client.processes_of(server).items() if name != "server"]
         running = [pool.submit(call, url, longer) for _ in range(32)]
         next(stream(server, longer))  # the engine is at work
         for pid in engines:

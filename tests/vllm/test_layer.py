@@ -107,20 +107,52 @@ def test_the_next_forward_forgets_the_rows_of_this_one(sae, layer):
     assert torch.equal(new[[0, 1, 2, 3, 4, 6, 7]], x[[0, 1, 2, 3, 4, 6, 7]])
 
 
-def test_one_graph_follows_the_buffers(sae, layer):
+@pytest.mark.parametrize("limit", [None, 0.3])
+def test_one_graph_follows_the_buffers(sae, limit):
+    """Traced while idle, as vLLM does: the op of every policy, the dose and the watch are in it."""
+    dose = None if limit is None else Dose(limit, "clamp")
+    layer = SteeredLayer(sae, Capacity(max_policies=8), 1, TOKENS, "cpu", dose, watch=40)
+
     def forward(h, r):
         layer(h, r)
         return h + r
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    for policy in (None, PLAIN, MEMBER, FINISHED):
+    for policy in (None, PLAIN, MEMBER, None, FINISHED, MEMBER):
         spans = [] if policy is None else [(1, 5, layer.acquire(policy), 1.0)]
         layer.fill(spans)
         h, r = torch.randn(2, 6, D).unbind(0)
         wanted = h + r
         if policy is not None:
-            wanted[1:5] = by_hugging_face(sae, policy, 1.0, wanted)[1:5]
+            free = by_hugging_face(sae, policy, 1.0, wanted)[1:5]
+            wanted[1:5] = free if limit is None else clamp(wanted[1:5], free, limit)
         assert torch.equal(compiled(h.clone(), r.clone()), wanted)
+    counted = {each["policy"]: each["tokens"] for each in layer.numbers().values()}
+    assert counted == {"plain": 4, "member": 8, "finished": 4}
+
+
+def test_nothing_the_graph_captures_looks_at_a_value(sae):
+    """Its arithmetic as a GPU runs it, on tensors that hold no values to look at."""
+    layer = SteeredLayer(sae, Capacity(), 1, TOKENS, "meta", Dose(0.3, "clamp"), watch=40)
+    for kind in (torch.float32, torch.bfloat16):
+        layer(torch.empty(6, D, dtype=kind, device="meta"), None)
+        parts = (torch.empty(6, D, dtype=kind, device="meta") for _ in range(2))
+        residual.steer_residual(*parts, *layer._arguments())
+
+
+def test_a_step_like_the_last_and_one_after_an_idle_one(sae, layer):
+    plan = [(0, 3, layer.acquire(PLAIN), 1.0), (3, 5, layer.acquire(MEMBER), 0.5)]
+    x = torch.randn(8, D)
+    wanted = None
+    for spans in (plan, plan, [], plan[:1], plan):
+        layer.fill(list(spans))
+        new = x.clone()
+        layer(new, None)
+        wanted = new if wanted is None else wanted
+        end = spans[-1][1] if spans else 0
+        assert torch.equal(new[:end], wanted[:end]) and torch.equal(new[end:], x[end:])
+        assert layer.active.tolist() == [len(spans) > 0, len(spans) > 1]
+    assert not torch.equal(wanted[:5], x[:5])
 
 
 def test_a_dose_is_clamped_row_by_row_and_idle_rows_keep_their_bits(sae):

@@ -211,7 +211,7 @@ def test_settings_are_read_and_unknown_keys_refused():
         ({"sites": [site], "watch": -1}, "watch"),
         ({"sites": [site | {"dose": {"limit": 0}}]}, r"sites\[0\].dose.limit: "),
         ({"sites": [site | {"dose": {"limit": 1, "action": "stop"}}]}, "dose.action: expected"),
-        ({"sites": [site | {"dose": {"limit": 1, "action": "refuse"}}]}, '"refuse" must stop'),
+        ({"sites": [site | {"dose": {"limit": 1, "action": "refuse"}}]}, '"refuse" must fail'),
         ({"sites": [site | {"dose": {"limit": 1}}], "watch": 0}, '"warn" needs watching'),
         ({"sites": [site | {"holdout": 0.5}]}, r"sites\[0\].holdout: expected"),
         ({"sites": [site | {"holdout": {"a": 1}}]}, r"holdout\['a'\]: .*share in \[0, 1\)"),

@@ -47,9 +47,11 @@ def of_v1(runner, scheduler_output) -> BatchView:
 
     def spans():
         batch, begin = runner.input_batch, 0
-        for i, request in enumerate(batch.req_ids):
-            tokens = int(scheduler_output.num_scheduled_tokens.get(request, 0))
-            yield Span(request, begin, tokens, int(batch.num_computed_tokens_cpu[i]))
+        scheduled = scheduler_output.num_scheduled_tokens
+        positions = batch.num_computed_tokens_cpu[: len(batch.req_ids)].tolist()
+        for request, position in zip(batch.req_ids, positions, strict=True):
+            tokens = scheduled.get(request, 0)
+            yield Span(request, begin, tokens, position)
             begin += tokens
 
     return BatchView(scheduler_output.finished_req_ids, started(scheduler_output), spans)
@@ -62,9 +64,10 @@ def of_v2(scheduler_output, input_batch) -> BatchView:
     """
 
     def spans():
-        starts = input_batch.query_start_loc_np
+        count = len(input_batch.req_ids)
+        starts = input_batch.query_start_loc_np[: count + 1].tolist()
+        positions = input_batch.num_computed_tokens_np[:count].tolist()
         for i, request in enumerate(input_batch.req_ids):
-            begin, end = int(starts[i]), int(starts[i + 1])
-            yield Span(request, begin, end - begin, int(input_batch.num_computed_tokens_np[i]))
+            yield Span(request, starts[i], starts[i + 1] - starts[i], positions[i])
 
     return BatchView((), started(scheduler_output), spans)

@@ -158,7 +158,10 @@ class EngineSteering:
         workers = self._workers(do="status")
         gate = self.core.scheduler.fastsae
         with self.lock:
-            policies = [_described(loaded) for loaded in self.registry.listed()]
+            policies = [
+                _described(loaded) | {"replaced": self.registry.replaced(loaded.policy.label)}
+                for loaded in self.registry.listed()
+            ]
         return {
             "armed": {site["site"] for worker in workers for site in worker["sites"]}
             == set(range(len(self.settings.sites))),

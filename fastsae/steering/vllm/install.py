@@ -82,6 +82,27 @@ def problem(version: str, surfaces=SURFACES) -> str | None:
     return None
 
 
+def refused(parallel, settings: config.Settings) -> str | None:
+    """Why policies that an admin route loads would not reach every engine, or None."""
+    if parallel.data_parallel_size < 2 or settings.admin_keys is None:
+        return None
+    advice = "leave admin_keys out, and every engine serves the policies of its file"
+    if parallel.local_engines_only:
+        return (
+            "fastsae.admin_keys: a server of --data-parallel-external-lb or -hybrid-lb reaches its "
+            f"own engines only, a policy loaded there would be unknown to the others; {advice}"
+        )
+    if parallel.enable_elastic_ep:
+        return (
+            "fastsae.admin_keys: an engine that --enable-elastic-ep adds later does not know the "
+            f"policies loaded before; {advice}"
+        )
+    client = importlib.import_module("vllm.v1.engine.core_client").AsyncMPClient
+    if not hasattr(client, "call_utility_all_async"):
+        return f"fastsae.admin_keys: this vLLM cannot ask every data-parallel engine; {advice}"
+    return None
+
+
 def install() -> None:
     """Idempotent. A vLLM we cannot steer still serves, unless it is configured to be steered."""
     import vllm
@@ -105,10 +126,14 @@ def _check_settings(vllm_config, why: str | None, why_v2: str | None) -> None:
     @_wrap(vllm_config, "__post_init__")
     def _(original, self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if config.from_config(self.additional_config) is None:
+        settings = config.from_config(self.additional_config)
+        if settings is None:
             return
         if why is not None:
             raise FastsaeError(why)
+        against = refused(self.parallel_config, settings)
+        if against is not None:
+            raise FastsaeError(against)
         if why_v2 is not None and getattr(self, "use_v2_model_runner", False):
             raise FastsaeError(f"{why_v2}; or start with VLLM_USE_V2_MODEL_RUNNER=0")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.errors import FastsaeError
-from fastsae.ops.residual import MemberTable, steer_residual_
+from fastsae.ops.residual import MemberTable, steer_residual
 from fastsae.ops.steer import SteerTable
 from fastsae.ops.watch import WatchTable
 from fastsae.sae import SAE
@@ -20,17 +20,10 @@ from fastsae.steering.membership import is_staged, stages
 from fastsae.steering.policy import Policy
 from fastsae.steering.table import Capacity, PolicyTable
 from fastsae.steering.vllm.requests import Footprint
+from fastsae.steering.vllm.step import Applied, StepRows
 from fastsae.steering.watch import Watch
 
 MEMBER_FEATURES = 32  # features of one operation that asks for membership, and of its gate
-
-
-class Applied:
-    """A policy in a site's tables: which numbers its rows get."""
-
-    def __init__(self, slot: int, stages: list[int] | None):
-        self.slot, self.stages = slot, stages
-        self.watch = 0
 
 
 class SteeredLayer(nn.Module):
@@ -63,24 +56,23 @@ class SteeredLayer(nn.Module):
         with torch.inference_mode(False):
             for name, tensor in self.table.buffers._asdict().items():
                 self.register_buffer(name, tensor, persistent=False)
-            shapes = {"active": ((2,), torch.int32), "slots": ((max_tokens,), torch.int32)}
-            shapes["strengths"] = ((max_tokens,), torch.float32)
+            fields = 2 * self.membership + 2 if self.membership else 0
+            self.rows = StepRows(max_tokens, fields, bool(watch), device)
+            for name, tensor in self.rows.tensors.items():
+                self.register_buffer(name, tensor, persistent=False)
             if self.membership:
-                shapes["stages"] = ((2 * self.membership + 2, max_tokens), torch.int32)
                 for name, tensor in self._members(capacity.max_policies, device).items():
                     self.register_buffer(f"member_{name}", tensor, persistent=False)
             if self.watch is not None:
-                shapes["watched"] = ((max_tokens,), torch.int32)
                 for name, tensor in self.watch.table._asdict().items():
                     self.register_buffer(f"watch_{name}", tensor, persistent=False)
                 if torch.device(device).type == "cpu":  # a graph has no clock
-                    shapes["seconds"] = ((capacity.max_policies + 1,), torch.float64)
-            for name, (shape, dtype) in shapes.items():
-                self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), False)
+                    seconds = torch.zeros(capacity.max_policies + 1, dtype=torch.float64)
+                    self.register_buffer("seconds", seconds, persistent=False)
         self.applied: dict[str, tuple[Policy, Applied, int]] = {}
+        self._eager = self._arguments()
         self._free_members = list(range(capacity.max_policies * max(1, self.membership), 0, -1))
         self._free_finishes = list(range(capacity.max_policies, 0, -1))
-        self._idle = True
 
     @property
     def sae(self) -> SAE:
@@ -109,29 +101,34 @@ class SteeredLayer(nn.Module):
     # --- the graph ------------------------------------------------------------------------------
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> None:
-        table = SteerTable(*(getattr(self, name) for name in SteerTable._fields))
-        stages, members = None, None
-        if self.membership:
-            stages = self.stages
-            members = MemberTable(*(getattr(self, f"member_{n}") for n in MemberTable._fields))
-        watch = None
+        if hidden.is_cpu and not torch.compiler.is_compiling():
+            # Python runs in every step, and only then may the host's knowledge decide: on a GPU
+            # what runs here may be captured once and replayed.
+            if not self.rows.idle:
+                steer_residual(hidden, residual, *self._eager)
+            return
+        torch.ops.fastsae.steer_residual_(hidden, residual, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        """What the op takes after hidden and residual, from the buffers."""
+
+        def of(prefix: str, names) -> list[Tensor]:
+            return [getattr(self, prefix + name) for name in names]
+
+        watched, sums, maxima, watch = None, None, None, []
         if self.watch is not None:
-            watch = WatchTable(*(getattr(self, f"watch_{n}") for n in WatchTable._fields))
+            *watch, sums, maxima = of("watch_", WatchTable._fields)
+            watched = self.watched
         clamped = self.dose is not None and self.dose.action == "clamp"
-        steer_residual_(
-            hidden,
-            residual,
-            self.active,
-            self.slots,
-            self.strengths,
-            table,
-            stages,
-            members,
+        return (
+            *(self.active, self.slots, self.strengths),
+            of("", SteerTable._fields),
+            self.stages if self.membership else None,
+            of("member_", MemberTable._fields) if self.membership else [],
             self.sae.config.k or 0,
-            dose=self.dose.limit if clamped else None,
-            watched=self.watched if watch is not None else None,
-            watch=watch,
-            seconds=getattr(self, "seconds", None),
+            self.dose.limit if clamped else 0.0,
+            *(watched, watch, sums, maxima),
+            getattr(self, "seconds", None),
         )
 
     def hook(self, layer, args, output) -> None:
@@ -271,34 +268,9 @@ class SteeredLayer(nn.Module):
             self.member_gate_above[finish] = policy.gate.above
         return Applied(0, numbers)
 
-    # --- the rows of a step ---------------------------------------------------------------------
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def fill(self, spans: list[tuple[int, int, Applied, float]]) -> None:
+    def fill(self, spans: Sequence[tuple[int, int, Applied, float]]) -> None:
         """Rows begin:end of the next forward get a policy and a strength; all others get slot 0."""
-        if not spans and self._idle:
-            return
-        slots, strengths = torch.zeros(self.slots.shape, dtype=torch.int32), None
-        strengths = torch.zeros(self.strengths.shape)
-        staged = torch.zeros(self.stages.shape, dtype=torch.int32) if self.membership else None
-        watched = None if self.watch is None else torch.zeros_like(slots)
-        for begin, end, applied, strength in spans:
-            slots[begin:end] = applied.slot
-            strengths[begin:end] = strength
-            if watched is not None:
-                watched[begin:end] = applied.watch
-            if applied.stages is not None:
-                staged[:, begin:end] = torch.tensor(applied.stages, dtype=torch.int32).unsqueeze(1)
-        flags = [bool(slots.any()), staged is not None and bool(staged.any())]
-        self.slots.copy_(slots)
-        self.strengths.copy_(strengths)
-        if staged is not None:
-            self.stages.copy_(staged)
-        if watched is not None:
-            self.watched.copy_(watched)
-        self.active.copy_(torch.tensor(flags, dtype=torch.int32))
-        self._idle = not spans
+        self.rows.fill(spans)
 
 
 def residual_parts(output) -> tuple[Tensor, Tensor | None]:

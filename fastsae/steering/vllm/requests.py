@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastsae.errors import FastsaeError
 from fastsae.steering.policy import Policy
 from fastsae.steering.vllm.settings import is_number
+
+REPLACED = 8  # earlier policies of a label that a server is told of
 
 
 class Wish(NamedTuple):
@@ -83,6 +85,7 @@ class Registry:
         self._by_label: dict[str, Loaded] = {}
         self._latest: dict[str, str] = {}
         self._gone: OrderedDict[str, Loaded] = OrderedDict()  # by digest
+        self._replaced: dict[str, deque[str]] = {}  # digests, by label
         self._kept = kept
 
     def add(self, loaded: Loaded, *, replace: bool) -> Loaded | None:
@@ -101,6 +104,9 @@ class Registry:
             raise FastsaeError(f"name: {policy.name} is a policy of another site; rename one")
         if before is not None:
             self._retire(before)
+        if before is not None and before.policy.digest != policy.digest:
+            replaced = self._replaced.setdefault(policy.label, deque(maxlen=REPLACED))
+            replaced.append(before.policy.digest)
         self._by_label[policy.label] = loaded
         self._latest[policy.name] = policy.label
         return None if before == loaded else before
@@ -108,6 +114,7 @@ class Registry:
     def remove(self, label: str) -> Loaded:
         gone = self.find(label)
         self._retire(self._by_label.pop(gone.policy.label))
+        self._replaced.pop(gone.policy.label, None)
         name = gone.policy.name
         versions = [each for each, l in self._by_label.items() if l.policy.name == name]
         if versions:
@@ -142,6 +149,10 @@ class Registry:
 
     def listed(self) -> list[Loaded]:
         return list(self._by_label.values())
+
+    def replaced(self, label: str) -> list[str]:
+        """Digests of the last policies that had this label before, and are served on demand."""
+        return [digest for digest in self._replaced.get(label, ()) if digest in self._gone]
 
 
 class Ledger:

@@ -154,8 +154,8 @@ def _dose(where: str, given: Any, watch: int) -> Dose | None:
         raise FastsaeError(f"{where}.{error}") from error
     if dose.action == "refuse":
         raise FastsaeError(
-            f'{where}.action: "refuse" must stop a request within a forward, and the graph of '
-            'vLLM runs on for the whole batch; use "clamp", or fastsae serve'
+            f'{where}.action: "refuse" must fail one request of a batch, saying why, and vLLM has '
+            'no way from a forward back to the scheduler; use "clamp", or fastsae serve'
         )
     if dose.action == "warn" and not watch:
         raise FastsaeError(f'{where}.action: "warn" needs watching; leave fastsae.watch above 0')

@@ -1,5 +1,6 @@
 """In every worker: arm the model's layers once, fill their rows before every forward."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -12,11 +13,12 @@ from fastsae.steering.dose import Dose
 from fastsae.steering.policy import Policy
 from fastsae.steering.vllm import settings as config
 from fastsae.steering.vllm.batch import BatchView
-from fastsae.steering.vllm.layer import Applied, SteeredLayer
+from fastsae.steering.vllm.layer import SteeredLayer
 from fastsae.steering.vllm.settings import KEY, Settings
+from fastsae.steering.vllm.step import Applied
 
 log = logging.getLogger("vllm.plugins.fastsae")  # below vLLM's own, so that it is shown
-GRAPH = 2  # counts changes of what `SteeredLayer.forward` and its op put into a graph
+GRAPH = 3  # counts changes of what `SteeredLayer.forward` and its op put into a graph
 
 
 class Steered:
@@ -77,7 +79,7 @@ class WorkerSteering:
             self.finish([new.request])
             wish = None if new.extra_args is None else new.extra_args.get(KEY)
             if wish is not None:
-                self._start(new.request, json.loads(wish), new.prompt_tokens)
+                self._start(new.request, *resolved(wish), new.prompt_tokens)
         spans: dict[int, list] = {site: [] for site in self.layers}
         if self.requests:
             first = 0 if self.settings.first_token else 1
@@ -98,14 +100,12 @@ class WorkerSteering:
         for layer in self.layers.values():
             layer.fill([])
 
-    def _start(self, request: str, resolved: dict, prompt: int) -> None:
-        layer = self.layers.get(resolved["site"])
+    def _start(self, request, site: int, policy: Policy, strength, watch, prompt: int) -> None:
+        layer = self.layers.get(site)
         if layer is None:
             return  # another pipeline stage runs that layer
-        policy = Policy.from_dict(resolved["policy"])
-        applied = layer.acquire(policy, resolved.get("watch", ()))
-        strength = resolved["strength"]
-        self.requests[request] = Steered(resolved["site"], policy, strength, prompt, applied)
+        applied = layer.acquire(policy, watch)
+        self.requests[request] = Steered(site, policy, strength, prompt, applied)
 
     def command(self, text: str) -> str:
         """What the engine asks of every worker; JSON in and out."""
@@ -139,6 +139,14 @@ class WorkerSteering:
                 "seen_rows": self.seen_rows,
             }
         )
+
+
+@functools.lru_cache(maxsize=256)
+def resolved(text: str) -> tuple[int, Policy, float, tuple[int, ...]]:
+    """Site, policy, strength and features to watch, as the engine tells a request's."""
+    told = json.loads(text)
+    policy = Policy.from_dict(told["policy"])
+    return told["site"], policy, told["strength"], tuple(told.get("watch", ()))
 
 
 def arm(runner, model) -> WorkerSteering | None:
