@@ -85,7 +85,7 @@ def steer_residual(
     rows = hidden.numel() // hidden.shape[-1]
     if rows > slots.shape[0]:
         raise FastsaeError(f"hidden: got {rows} rows, the buffers hold {slots.shape[0]}")
-    compiled = on_cpu and hidden.is_contiguous() and backend.leaf("_residual_rows", hidden)
+    compiled = on_cpu and _alike(hidden, residual) and backend.leaf("_residual_rows", hidden)
     take = torch.ops.fastsae._residual_rows if compiled else _take_some if on_cpu else _take_all
     finish = stages[-1] if staged else None
     x, index, slots, strengths, seen = take(hidden, residual, slots, strengths, finish, watched)
@@ -101,6 +101,13 @@ def steer_residual(
         watch_(x, y, seen, WatchTable(*watch, sums, maxima))
     put = torch.ops.fastsae._residual_put if compiled else _put_some if on_cpu else _put_all
     put(hidden, residual, x, y, index, seen, seconds, time.perf_counter() - began)
+
+
+def _alike(hidden: Tensor, residual: Tensor | None) -> bool:
+    """Whether both are as the compiled ops read and write them: contiguous, of one type."""
+    if residual is not None and not (residual.is_contiguous() and residual.dtype is hidden.dtype):
+        return False
+    return hidden.is_contiguous()
 
 
 # What a captured graph does: every row, whatever its slot.

@@ -5,6 +5,7 @@ import torch
 
 import fastsae
 from fastsae.ops import residual, watch
+from fastsae.steering.table import Capacity, PolicyTable
 from fastsae.steering.watch import Watch
 
 D, F, ROWS, ROOM = 37, 64, 21, 32
@@ -101,3 +102,28 @@ def test_tensors_that_do_not_fit_are_refused(parts):
     ):
         with pytest.raises(RuntimeError, match=words):
             op(*arguments)
+
+
+@pytest.mark.parametrize("how", ["strides", "types"])
+def test_what_compiled_code_does_not_take_is_steered_all_the_same(how):
+    torch.manual_seed(7)
+    sae = fastsae.SAE(fastsae.SAEConfig(D, F, "relu"))
+    table = PolicyTable(sae, capacity=Capacity(2, 8, 2, 8))
+    slot = table.acquire(fastsae.Policy(fastsae.add([1, 2], 3.0)))
+    hidden, other = torch.randn(2, ROWS, D)
+    slots = torch.tensor([0, slot, slot] * (ROWS // 3), dtype=torch.int32)
+    rest = torch.tensor([1, 0], dtype=torch.int32), slots, torch.ones(ROWS), list(table.buffers)
+    found = []
+    for like in (torch.Tensor.clone, unlike[how]):
+        h, r = hidden.clone(), like(other)
+        torch.ops.fastsae.steer_residual_(h, r, *rest, None, [], 0, 0.0, None, [], None, None, None)
+        found.append((h, r.float()))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)
+    assert not torch.equal(found[0][0], hidden)
+
+
+unlike = {
+    "strides": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "types": torch.Tensor.double,
+}
