@@ -119,7 +119,7 @@ def test_no_fallback_shows(product, oracle, monkeypatch):
     (x, W, b, k, b_dec), whole = oracle
     monkeypatch.setattr(rescore, "FULL_BYTES", 2 * 330 * 4)
     monkeypatch.setattr(encode, "capacity", lambda k: 16)
-    counts = candidates.candidates(x, W, b, b_dec, None, k, 16)[1].counts
+    counts = candidates.candidates(x, W, b, b_dec, None, k, 16).lists.counts
     assert (counts == -1).any(), "some rows should overflow"
     assert same(whole, encode.encode_topk(x, W, b, k, b_dec))
     if product == "cublas":
@@ -144,7 +144,7 @@ def test_certificate_holds_and_says_something():
     W[8] *= 1e-30
     x[5] *= 1e10
     with matmul.full_fp32(x.device):
-        rows, found, _ = candidates.candidates(x, W, b - 1e9, b_dec, None, 200, 512)
+        found = candidates.candidates(x, W, b - 1e9, b_dec, None, 200, 512).lists
     assert (found.counts[:5] <= 1).all(), "only what may be positive is a candidate"
     threshold = torch.full((200,), -1.0)
     with matmul.full_fp32(x.device):
@@ -327,7 +327,8 @@ def test_weights_beyond_two_billion(tmp_path):
     lists = torch.tensor([[F - 1] + [0] * 15], dtype=torch.int32)
     todo, one = torch.zeros(1, 16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     row = torch.zeros(1, dtype=torch.int64)
-    arguments = (x, W, x, row, one, todo, lists, out, D, D, 16, 16, 1, 0, 1, 256, 1)
+    found = (x, x + torch.inf, one)  # nothing screened, nothing to contradict
+    arguments = (x, W, x, row, one, todo, lists, *found, out, D, D, 16, 16, 1, 0, 1, 256, 1)
     rescore._dot_kernel[(1, 1)](*arguments, **rescore._DOT_CONFIG)
     assert out[0, 0] == pytest.approx(float(w[:128].sum()), rel=1e-5)
 
