@@ -297,9 +297,12 @@ def _aot():
         return kernel, signature, constexprs | flags, options
 
     return [
-        *(case(_seeds_kernel, plan, _plan_config(c), TWO=True, LIMIT=False) for c in (512, 4096)),
+        *(
+            case(_seeds_kernel, plan, _plan_config(c), TWO=True, LIMIT=False)
+            for c in (512, 2048, 4096)
+        ),
         case(_seeds_kernel, plan, _plan_config(512), TWO=False, LIMIT=True),
-        *(case(_rest_kernel, plan, _plan_config(c)) for c in (512, 4096)),
+        *(case(_rest_kernel, plan, _plan_config(c)) for c in (512, 2048, 4096)),
         *(case(_dot_kernel, dot | {"W": f"*{t}:16"}, _DOT_CONFIG) for t in ("fp32", "bf16")),
         case(_overflow_kernel, overflow | {"F": "i32:16"}, _OVERFLOW_CONFIG),
     ]
