@@ -108,11 +108,15 @@ def of(
     with _lock:
         _captured[:] = [entry for entry in _captured if not entry.storage.expired()]
         if not capture:
-            _mark([c for c in _captured if c.storage.cdata == storage._cdata], W._version)
+            old = [c for c in _captured if c.storage.cdata == storage._cdata]
+            old = [c for c in old if c.version != W._version]
+            _mark(old)
+            for copy in old:
+                copy.version = W._version
         weights = _seen.pop(key, None)
         if weights is None or weights.storage.expired() or weights.version != W._version:
-            for old in [k for k, w in _seen.items() if w.storage.expired()]:
-                del _seen[old]
+            for gone in [k for k, w in _seen.items() if w.storage.expired()]:
+                del _seen[gone]
             while len(_seen) >= REMEMBERED:
                 del _seen[next(iter(_seen))]
             _seen[key] = _Weights(StorageWeakRef(storage), W._version)
@@ -131,11 +135,10 @@ def of(
         return weights.copies[kind].use(), True
 
 
-def _mark(captured: "list[_Captured]", version: int) -> None:
-    """Has copies of weights of another version made anew by the graphs that read them."""
-    for copy in captured:
-        if copy.version != version:
-            copy.version = version
+def _mark(captured: "list[_Captured]") -> None:
+    """Has the graphs that read these copies make them anew."""
+    with torch.inference_mode():  # some were made there, and nothing else may change those
+        for copy in captured:
             copy.tensors[-1].fill_(1)
 
 
@@ -151,5 +154,4 @@ def clear() -> None:
     """Drops every copy; those that graphs read are made anew by the next replay."""
     with _lock:
         _seen.clear()
-        for copy in _captured:
-            copy.tensors[-1].fill_(1)
+        _mark(_captured)

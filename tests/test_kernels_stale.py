@@ -250,6 +250,19 @@ def test_single_weights_reach_a_graph_after_a_call_outside(call, monkeypatch):
     assert graph.tensors[-1].item() == 0, "marked once for one edit"
 
 
+def test_copies_made_in_inference_mode_reach_a_graph(monkeypatch):
+    p = Problem()
+    with torch.inference_mode():
+        p.kept()
+        graph = Graph(p, monkeypatch)
+    feature, column = hidden(p)
+    p.W[feature, column] = 50.0
+    p.codes()
+    assert same(graph.replay(), p.fresh()) and graph.replay()[1][0, 0] == feature
+    screens.clear()
+    assert graph.tensors[-1].item() == 1
+
+
 def test_what_is_made_under_capture_is_not_kept(monkeypatch):
     p = Problem()
     with monkeypatch.context() as patch:

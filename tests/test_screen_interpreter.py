@@ -196,6 +196,32 @@ def test_ties_and_last_bits():
     assert torch.equal(values, W[[600, 0, 1], 3].expand(3, 3))
 
 
+@pytest.mark.parametrize("k", [513, 1000, 1024, 1025, 1500, 2500])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few positive"])
+def test_encode_of_a_large_k(k, kind):
+    """Lists of candidates up to k = 1024, which overflow where many tie; whole rows above."""
+    draw = torch.Generator().manual_seed(k)
+    x, W = torch.randn(2, 16, generator=draw), torch.randn(2500, 16, generator=draw)
+    b = torch.randn(2500, generator=draw)
+    if kind != "normal":
+        x, W, b = (x.round(), W.round(), b.round())
+    if kind == "few positive":
+        b -= 12
+    got = encode.encode_topk(x, W, b, k)
+    wanted = reference.encode_topk(x.double(), W.double(), b.double(), k)
+    assert torch.equal(got[1], wanted[1]) and (got[0] - wanted[0]).abs().max() < 1e-4
+    alone = encode.encode_topk(x[1:], W, b, k)
+    assert same(alone, [t[1:] for t in got])
+
+
+def test_a_large_k_in_two_steps(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    x, W = torch.randn(2, 16, generator=draw), torch.randn(2500, 16, generator=draw)
+    one = encode.encode_topk(x, W, torch.zeros(2500), 700)
+    monkeypatch.setattr(rescore, "TWO_STEPS", 0)
+    assert same(one, encode.encode_topk(x, W, torch.zeros(2500), 700))
+
+
 @pytest.mark.parametrize("capacity", [40, 90, 150])
 def test_padded_threshold(capacity, monkeypatch):
     """Fewer, about as many, and more places than members; some rows too long for their list."""
