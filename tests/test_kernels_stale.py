@@ -46,7 +46,7 @@ def test_in_the_interpreter():
 N, D, F, K = 3, 72, 200, 6
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=INTERPRETING)
 def small(monkeypatch):
     monkeypatch.setattr(copies, "SMALLEST", 0)
     copies.clear()
