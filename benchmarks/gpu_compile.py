@@ -4,12 +4,15 @@
 
 Triton kernels: the cases of every `AOT` list in kernels/, for sm_80, sm_90 and sm_100, with the
 divisibility attributes that a launch would infer; registers and local memory are read from the
-machine code with the cuobjdump and nvdisasm that the triton package ships. CUDA C++: every
+machine code with the cuobjdump and nvdisasm that the triton package ships. Where less shared memory
+fits a block (sm_89, sm_120), only the cases that name them, as they are launched there; `--arch`
+compiles the others for them too. More shared memory than a block may have fails. CUDA C++: every
 csrc/*.cu with nvcc for sm_80 and sm_90a. No GPU and no CUDA torch is needed.
 
 A case may say what its code must hold: {"sm_90": ("wgmma", "LDG.E.128|LDG.E.EF.128", "!atom")}
 lists texts of which each must occur in the PTX or the SASS ("|" separates alternatives; "!": must
-not occur). In a .cu file the same is a comment, `// expect sm_90a kernel: text, text`.
+not occur). In a .cu file the same is a comment, `// expect sm_90a kernel: text, text`. After
+that a case may name the architectures that it is launched on, where its sizes depend on them.
 """
 
 import argparse
@@ -28,6 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100)
+SMALL = (89, 120)
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # per block, at most
 NVCC_ARCHITECTURES = ("80", "90a")
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the stable-ABI library loads in
 NVCC_MISSING = (
@@ -95,7 +100,7 @@ def compile_triton(stem: str, number: int, arch: int) -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constexprs, options, *expected = cases(stem)[number]
+    kernel, signature, constexprs, options, *rest = cases(stem)[number]
     types = dict.fromkeys(constexprs, "constexpr")
     attributes = {}
     for name, declared in signature.items():
@@ -117,7 +122,7 @@ def compile_triton(stem: str, number: int, arch: int) -> dict:
         sass = _run(_tool("nvdisasm"), file.name)
     # A stack frame is legal without spills (an alignment slot), so the instructions decide.
     local = max(spills(sass), used["local"])
-    wanted = expected[0].get(f"sm_{arch}", ()) if expected else ()
+    wanted = rest[0].get(f"sm_{arch}", ()) if rest else ()
     pointers = sorted({t[1:] for t in types.values() if t.startswith("*")})
     shape = " ".join(f"{k}={v}" for k, v in constexprs.items())
     return {
@@ -221,7 +226,8 @@ def _jobs(options, nvcc: str | None) -> list[tuple]:
         for stem in stems()
         if not options.only or stem in options.only
         for number in range(len(cases(stem)))
-        for arch in options.arch
+        for arch in options.arch or (*ARCHITECTURES, *SMALL)
+        if meant(cases(stem)[number], arch, options.arch)
     ]
     sources = [
         source
@@ -236,7 +242,7 @@ def _jobs(options, nvcc: str | None) -> list[tuple]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="for Triton")
+    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_KB, help="for Triton")
     parser.add_argument("--only", nargs="+", help="stems of kernels/ and csrc/*.cu to compile")
     parser.add_argument("--csv", type=Path, help="write the report there too")
     options = parser.parse_args(arguments)
@@ -261,6 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"{r['kernel']} ({r['case']}, {r['arch']})"
         if r["spills"]:
             failures.append(f"{where}: {r['spills']} accesses to local memory")
+        failures += too_large(r)
         failures += [f"{where}: {_said(text)} in its code" for text in r["unmet"]]
     if not rows:
         failures.append("nothing was compiled: no case matches the options")
@@ -268,6 +275,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, {len(failures)} failures")
     return 1 if failures else 0
+
+
+def meant(case: tuple, arch: int, asked: list[int] | None) -> bool:
+    """Whether a case is compiled for an architecture: one that it is launched on, if it says so."""
+    if len(case) > 5:
+        return f"sm_{arch}" in case[5]
+    return arch not in SMALL or asked is not None
+
+
+def too_large(row: dict) -> list[str]:
+    """What fails where a kernel's shared memory is more than a block may have."""
+    most = SHARED_KB[int(row["arch"].removeprefix("sm_").rstrip("a"))] << 10
+    if row["shared_bytes"] <= most:
+        return []
+    where = f"{row['kernel']} ({row['case']}, {row['arch']})"
+    return [f"{where}: {row['shared_bytes']} bytes of shared memory, a block has {most}"]
 
 
 def _said(text: str) -> str:

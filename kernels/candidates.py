@@ -1,5 +1,7 @@
 """Candidates of every row: the screened product by tiles, each consumed while it is in L2."""
 
+from typing import NamedTuple
+
 import torch
 from fastsae.kernels import fused, screen
 from fastsae.kernels.collect import Lists, collect, lists
@@ -31,6 +33,15 @@ def choose(x: Tensor, W: Tensor) -> str:
     raise AssertionError("the last choice takes everything")
 
 
+class Screened(NamedTuple):
+    """What a screen leaves of a call."""
+
+    rows: screen.Rows
+    lists: Lists
+    limits: Tensor  # fp32 [F, padded]: max(threshold, 0)
+    stale: Tensor  # int32 [1]: set it if the copy proves to be of other weights
+
+
 def candidates(
     x: Tensor,
     W: Tensor,
@@ -39,11 +50,9 @@ def candidates(
     threshold: Tensor | None,
     k: int,
     capacity: int,
-) -> tuple[screen.Rows, Lists, Tensor]:
+) -> Screened:
     """Every feature of x's rows whose exact pre-activation can be among the k largest, or above
     its threshold (then k = 0), in lists of `capacity` entries; call inside `full_fp32`.
-
-    Returns also max(threshold, 0) of every feature.
     """
     (N, D), F, name = x.shape, W.shape[0], choose(x, W)
     w = screen.weights(W, "int8" if name == "int8" else "bf16", x, b_dec)
@@ -59,7 +68,7 @@ def candidates(
             part = h[:, first : first + fused.STEP_COLUMNS]
             top = maxima[:, first // group : (first + fused.STEP_COLUMNS) // group]
             collect(part, top, rows.bounds, features, found, first, D, k, group)
-        return rows, found, features.limits
+        return Screened(rows, found, features.limits, w.stale)
     tile = (FUSED_ROWS, fused.PREFILL_COLUMNS) if name == "fused" else (TILE_ROWS, TILE_COLUMNS)
     for start in range(0, N, tile[0]):
         part = slice(start, min(start + tile[0], N))
@@ -71,4 +80,4 @@ def candidates(
             else:
                 h = product(operand, w.copy[first : first + width])
             collect(h, top, rows.bounds[part], features, into, first, D, k, group)
-    return rows, found, features.limits
+    return Screened(rows, found, features.limits, w.stale)

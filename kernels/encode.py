@@ -57,10 +57,10 @@ def encode_topk(
 
 
 def _screened(x, W, b_enc, k: int, b_dec, out) -> None:
-    rows, found, _ = candidates(x, W, b_enc, b_dec, None, k, capacity(k))
-    exact = rescore.rescore(rows.centred, W, b_enc, found, k)
+    rows, found, _, stale = candidates(x, W, b_enc, b_dec, None, k, capacity(k))
+    exact, wrong = rescore.rescore(rows.centred, W, b_enc, found, k)
     select(exact, k, columns=found.indices, active=True, into=out)
-    for places, h in rescore.full_rows(rows.centred, W, b_enc, found.counts):
+    for places, h in rescore.full_rows(rows.centred, W, b_enc, found.counts, wrong, stale):
         select(h, k, active=True, into=out, places=places)
 
 

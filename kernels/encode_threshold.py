@@ -133,7 +133,7 @@ def encode_threshold_padded(
         return values, indices, counts
     size = min(LIST, max(512, triton.next_power_of_2(2 * capacity)))
     with full_fp32(x.device):
-        rows, found, limits = candidates(x, W_enc, b_enc, b_dec, threshold, 0, size)
+        rows, found, limits, stale = candidates(x, W_enc, b_enc, b_dec, threshold, 0, size)
 
         def write(h, columns, places, sizes, mapped):
             _members_kernel[(h.shape[0],)](
@@ -153,9 +153,10 @@ def encode_threshold_padded(
                 **_MEMBERS_CONFIG,
             )
 
-        exact = rescore.rescore(rows.centred, W_enc, b_enc, found, 0)
+        exact, wrong = rescore.rescore(rows.centred, W_enc, b_enc, found, 0)
         write(exact, found.indices, found.indices, found.counts, True)
-        for places, h in rescore.full_rows(rows.centred, W_enc, b_enc, found.counts):
+        whole = (rows.centred, W_enc, b_enc, found.counts, wrong, stale)
+        for places, h in rescore.full_rows(*whole):
             write(h, found.indices, places, found.counts, False)
     return values, indices, counts
 

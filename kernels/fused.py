@@ -167,7 +167,6 @@ _STEP = {"BF": 64, "BK": 128, "STAGES": 5, "num_warps": 4}
 _STEP8 = {"BF": 64, "B": BLOCK8, "STAGES": 6, "num_warps": 4}
 STEP_ROWS = 64
 STEP8_ROWS = 16
-SMALL_SHARED = 140_000  # bytes of shared memory a block may have: fewer on sm_86, sm_89, sm_120
 PREFILL_GROUP, STEP_GROUP = _PREFILL["BN"], _STEP["BF"]
 
 
@@ -206,12 +205,17 @@ def prefill(x: Tensor, w: Tensor, bias: Tensor, first: int, width: int) -> tuple
     return h, maxima
 
 
-def _step_config(device) -> dict:
-    """Fewer stages where the tiles of five would not fit."""
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a block may have: 227 KB on an H100, 99 on sm_86, sm_89 and sm_120."""
     if device.type != "cuda":
-        return _STEP
-    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return _STEP if most >= SMALL_SHARED else {**_STEP, "STAGES": 3}
+        return 1 << 30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _step_config(BN: int, shared: int) -> dict:
+    """As many stages, up to five, as `shared` bytes hold tiles of."""
+    tile = 2 * _STEP["BK"] * (_STEP["BF"] + BN)
+    return {**_STEP, "STAGES": min(_STEP["STAGES"], shared // tile)}
 
 
 def step(rows: Rows, w: Weights, features: Features) -> tuple[Tensor, Tensor]:
@@ -230,7 +234,8 @@ def step(rows: Rows, w: Weights, features: Features) -> tuple[Tensor, Tensor]:
     else:
         tail = (features.bias, h, maxima, N, F, w.copy.shape[1], groups)
         flags = {"BN": BN, "UPCAST": not h.is_cuda, "enable_fp_fusion": True}
-        _step_kernel[(groups,)](rows.rounded, w.copy, *tail, **flags, **_step_config(h.device))
+        config = _step_config(BN, shared_bytes(h.device))
+        _step_kernel[(groups,)](rows.rounded, w.copy, *tail, **flags, **config)
     return h, maxima
 
 
@@ -252,14 +257,21 @@ def _aot():
 
     tma = {"sm_90": ("wgmma", "cp.async.bulk.tensor"), "sm_80": ("mma.sync",)}
     tma["sm_100"] = ("tcgen05.mma", "cp.async.bulk.tensor")
-    copies = dict.fromkeys(("sm_80", "sm_90", "sm_100"), ("cp.async", "mma"))
+    tma["sm_120"] = ("mma.sync", "cp.async.bulk.tensor")
+    large, small = ("sm_80", "sm_90", "sm_100"), ("sm_89", "sm_120")
+    copies = dict.fromkeys((*large, *small), ("cp.async", "mma"))
+    sizes = ((160 << 10, large), (99 << 10, small))
     return [
-        case(_prefill_kernel, prefill, _PREFILL, tma, UPCAST=False),
-        *(case(_step_kernel, step, _STEP, copies, BN=BN, UPCAST=False) for BN in (16, 64)),
-        case(_step8_kernel, step8, _STEP8, copies, BN=16),
+        (*case(_prefill_kernel, prefill, _PREFILL, tma, UPCAST=False), tuple(tma)),
+        *(
+            (*case(_step_kernel, step, _step_config(BN, has), copies, BN=BN, UPCAST=False), where)
+            for BN in (16, 64)
+            for has, where in sizes
+        ),
+        (*case(_step8_kernel, step8, _STEP8, copies, BN=16), (*large, *small)),
     ]
 
 
 # Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options, what the PTX
-# of an architecture must contain).
+# of an architecture must contain, the architectures).
 AOT = _aot()

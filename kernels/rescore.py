@@ -5,6 +5,10 @@ fp32. One compiled kernel makes it for the few candidates of a row and for all f
 that no screen could help; a launch may cover all slices or, where the weights are read from L2, a
 few: partial sums pass through memory unchanged. So no batch, tile, screen or fallback shows in the
 result.
+
+Every exact value of a candidate is compared with its screened one: outside the bound, the copy that
+screened is not one of these weights (edited unseen, or corrupted), and other members may be
+missing. Then all rows of the call are computed whole.
 """
 
 import torch
@@ -89,6 +93,9 @@ def _dot_kernel(
     counts,
     todo,
     indices,
+    heads,
+    errors,
+    wrong,
     out,
     D,
     stride,
@@ -105,7 +112,8 @@ def _dot_kernel(
     """out[i, slot] of R entries of list i at a time, over the slices begin..end of D.
 
     Row `rows[i]` of `centred` meets counts[i] features: those of the slots in `todo`, or, where
-    `listed` is 0, feature j in slot j.
+    `listed` is 0, feature j in slot j. A listed value outside the bound of its screened one sets
+    `wrong`; one without a finite bound proves nothing.
     """
     i = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + i)
@@ -130,16 +138,29 @@ def _dot_kernel(
             total += tl.sum(a[None, :] * w, axis=1)
         if end == slices:
             total += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(heads + i * C + slot, mask=mine, other=0.0)
+            e = tl.abs(tl.load(errors + i * C + slot, mask=mine, other=float("inf")))
+            within = tl.abs(total - s) <= e * 1.000001 + 9.6e-7 * tl.abs(s)  # this rounds as well
+            outside = mine & (e < float("inf")) & (within == 0)
+            tl.store(wrong + tl.zeros_like(slot), tl.full([R], 1, tl.int32), mask=outside)
         tl.store(into, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _overflow_kernel(counts, rows, entries, N, F, BLOCK: tl.constexpr):
-    """Lists the rows whose candidates did not fit, in order; each has F entries to compute."""
+def _overflow_kernel(counts, wrong, stale, rows, entries, N, F, BLOCK: tl.constexpr):
+    """Lists the rows to compute whole, in order; each has F entries to compute.
+
+    They are those whose candidates did not fit; all, where a value was `wrong`, and then the next
+    call makes the copy anew.
+    """
     found = tl.full([], 0, tl.int32)
+    every = tl.load(wrong) != 0
+    if every:
+        tl.store(stale, 1)
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        full = (tl.load(counts + n, mask=n < N, other=0) == OVERFLOW).to(tl.int32)
+        full = tl.load(counts + n, mask=n < N, other=0) == OVERFLOW
+        full = ((full | every) & (n < N)).to(tl.int32)
         position = found + tl.cumsum(full, axis=0) - full
         tl.store(rows + position, n.to(tl.int64), mask=full == 1)
         tl.store(entries + position, tl.zeros_like(n) + F, mask=full == 1)
@@ -154,7 +175,7 @@ def _plan_config(C: int) -> dict:
     return {"C": C, "num_warps": 4 if C <= 1024 else 8 if C <= 2048 else 16, "maxnreg": 128}
 
 
-def _dot(centred, W, b_enc, rows, counts, out, most: int, lists: Lists | None, todo) -> None:
+def _dot(centred, W, b_enc, rows, counts, out, most: int, lists: Lists | None, todo, wrong) -> None:
     """Fills out [lists, slots] with the dots of at most `most` entries of every list."""
     D, n = W.shape[1], out.shape[0]
     slices = -(-D // LANES)
@@ -173,6 +194,9 @@ def _dot(centred, W, b_enc, rows, counts, out, most: int, lists: Lists | None, t
             counts,
             counts if lists is None else todo,
             counts if lists is None else lists.indices,
+            out if lists is None else lists.heads,
+            out if lists is None else lists.errors,
+            wrong,
             out,
             D,
             centred.shape[1],
@@ -188,8 +212,11 @@ def _dot(centred, W, b_enc, rows, counts, out, most: int, lists: Lists | None, t
         )
 
 
-def rescore(centred: Tensor, W: Tensor, b_enc: Tensor, lists: Lists, k: int) -> Tensor:
-    """[N, C] fp32: exact pre-activations of the candidates that can be members; 0 elsewhere.
+def rescore(
+    centred: Tensor, W: Tensor, b_enc: Tensor, lists: Lists, k: int
+) -> tuple[Tensor, Tensor]:
+    """(exact [N, C] fp32, wrong [1] int32): exact pre-activations of the candidates that can be
+    members, 0 elsewhere; not 0 where one contradicts its bound.
 
     k = 0: of all candidates. Rows marked as overflowed have none.
     """
@@ -198,29 +225,34 @@ def rescore(centred: Tensor, W: Tensor, b_enc: Tensor, lists: Lists, k: int) -> 
     todo = torch.empty_like(lists.indices)
     todo_counts = torch.empty_like(lists.counts)
     rows = torch.arange(N, device=W.device)
+    wrong = torch.zeros(1, dtype=torch.int32, device=W.device)
     two = N > TWO_STEPS and k > 0
     state = (lists.heads, lists.errors, lists.counts, lists.floors, exact, todo, todo_counts)
     config = {"enable_fp_fusion": True, **_plan_config(C)}
     _seeds_kernel[(N,)](*state, k, TWO=two, LIMIT=k == 0, **config)
-    _dot(centred, W, b_enc, rows, todo_counts, exact, C, lists, todo)
+    _dot(centred, W, b_enc, rows, todo_counts, exact, C, lists, todo, wrong)
     if two:
         _rest_kernel[(N,)](*state, k, **config)
-        _dot(centred, W, b_enc, rows, todo_counts, exact, C, lists, todo)
-    return exact
+        _dot(centred, W, b_enc, rows, todo_counts, exact, C, lists, todo, wrong)
+    return exact, wrong
 
 
-def full_rows(centred: Tensor, W: Tensor, b_enc: Tensor, counts: Tensor):
-    """Rows with counts = -1, whole: yields (rows [S] int64, -1 where there is none; h [S, F]).
+def full_rows(
+    centred: Tensor, W: Tensor, b_enc: Tensor, counts: Tensor, wrong: Tensor, stale: Tensor
+):
+    """Rows with counts = -1, or all if `wrong`, whole: yields (rows [S] int64, -1 where there is
+    none; h [S, F]).
 
     Every batch of S rows is always launched, and returns at once where there is nothing to do: the
-    host does not know which rows overflowed. h is undefined where `rows` is -1.
+    host does not know which rows overflowed. h is undefined where `rows` is -1. `stale` is set
+    where `wrong` is.
     """
     N, F = counts.shape[0], W.shape[0]
     rows = torch.full((N,), -1, dtype=torch.int64, device=W.device)
     entries = torch.zeros(N, dtype=torch.int32, device=W.device)
-    _overflow_kernel[(1,)](counts, rows, entries, N, F, **_OVERFLOW_CONFIG)
+    _overflow_kernel[(1,)](counts, wrong, stale, rows, entries, N, F, **_OVERFLOW_CONFIG)
     for part, h in _batches(N, F, W.device):
-        _dot(centred, W, b_enc, rows[part], entries[part], h, F, None, None)
+        _dot(centred, W, b_enc, rows[part], entries[part], h, F, None, None, wrong)
         yield rows[part], h
 
 
@@ -229,7 +261,7 @@ def every_row(centred: Tensor, W: Tensor, b_enc: Tensor):
     rows = torch.arange(centred.shape[0], device=W.device)
     for part, h in _batches(centred.shape[0], W.shape[0], W.device):
         counts = torch.full((h.shape[0],), W.shape[0], dtype=torch.int32, device=W.device)
-        _dot(centred, W, b_enc, rows[part], counts, h, W.shape[0], None, None)
+        _dot(centred, W, b_enc, rows[part], counts, h, W.shape[0], None, None, counts)
         yield part, h
 
 
@@ -255,7 +287,9 @@ def _aot():
     dot |= {"todo": "*i32:16", "indices": "*i32:16", "out": "*fp32:16", "D": "i32:16"}
     dot |= {"stride": "i32:16", "out_stride": "i32", "C": "i32", "listed": "i32", "begin": "i32"}
     dot |= {"end": "i32", "slices": "i32", "programs": "i32"}
+    dot |= {"heads": "*fp32:16", "errors": "*fp32:16", "wrong": "*i32:16"}
     overflow = {"counts": "*i32:16", "rows": "*i64:16", "entries": "*i32:16", "N": "i32"}
+    overflow |= {"wrong": "*i32:16", "stale": "*i32:16"}
 
     def case(kernel, signature, config, **flags):
         options = {n: v for n, v in config.items() if n in ("num_warps", "maxnreg")}
@@ -263,9 +297,12 @@ def _aot():
         return kernel, signature, constexprs | flags, options
 
     return [
-        *(case(_seeds_kernel, plan, _plan_config(c), TWO=True, LIMIT=False) for c in (512, 4096)),
+        *(
+            case(_seeds_kernel, plan, _plan_config(c), TWO=True, LIMIT=False)
+            for c in (512, 2048, 4096)
+        ),
         case(_seeds_kernel, plan, _plan_config(512), TWO=False, LIMIT=True),
-        *(case(_rest_kernel, plan, _plan_config(c)) for c in (512, 4096)),
+        *(case(_rest_kernel, plan, _plan_config(c)) for c in (512, 2048, 4096)),
         *(case(_dot_kernel, dot | {"W": f"*{t}:16"}, _DOT_CONFIG) for t in ("fp32", "bf16")),
         case(_overflow_kernel, overflow | {"F": "i32:16"}, _OVERFLOW_CONFIG),
     ]

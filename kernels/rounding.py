@@ -23,19 +23,19 @@ def _norm_above(squares, slack, least):
 
 
 @triton.jit
-def _sketch(bits, feature, inside, D):
-    """A digest of eight neighbouring weights of each feature, at a place that differs."""
-    column = (feature % tl.maximum(D // 8, 1)) * 8
-    total = tl.zeros_like(feature)
-    for j in tl.static_range(8):
-        mask = inside & (column + j < D)
-        word = tl.load(bits + feature * D + column + j, mask=mask, other=0).to(tl.int64)
-        total = total * 37 + word
-    return total
+def _sketch(bits, feature, inside, D, LINE: tl.constexpr):
+    """A digest of LINE neighbouring weights (64 bytes) of each feature, at a place that differs."""
+    lane = tl.arange(0, LINE)
+    column = (feature % tl.cdiv(D, LINE)) * LINE
+    mask = inside[:, None] & (column[:, None] + lane[None, :] < D)
+    at = (feature * D + column)[:, None] + lane[None, :]
+    word = tl.load(bits + at, mask=mask, other=0).to(tl.int64)
+    odd = (lane + 1).to(tl.int64) * 0x1E3779B97F4A7C16 + 1
+    return tl.sum(word * odd[None, :], axis=1)
 
 
 @triton.jit
-def _copy_kernel(
+def _round_block(
     W,
     bits,
     centre,
@@ -45,17 +45,18 @@ def _copy_kernel(
     lost,
     products,
     digests,
+    feature,
     F,
     D,
     slack,
     least,
     HAS_CENTRE: tl.constexpr,
     KIND: tl.constexpr,
+    AGAIN: tl.constexpr,
+    LINE: tl.constexpr,
     BF: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Rounds BF features: KIND "bf16", "int8" (a scale per BD columns) or "same" (no copy)."""
-    feature = tl.program_id(0).to(tl.int64) * BF + tl.arange(0, BF)
     inside = feature < F
     whole = tl.zeros([BF, BD], tl.float32)
     error = tl.zeros([BF, BD], tl.float32)
@@ -89,15 +90,71 @@ def _copy_kernel(
             c = tl.load(centre + column, mask=column < D, other=0.0)
             product += c[None, :] * w
     norm = _norm_above(tl.sum(whole, axis=1), slack, least)
-    tl.store(norms + feature, tl.where(inside, norm, 0.0))
+    tl.store(norms + feature, norm, mask=inside)
     if KIND == "same":
         # Exact weights need no error, unless they are not numbers.
         change = tl.where(norm <= HUGE, 0.0, float("inf"))
     else:
         change = _norm_above(tl.sum(error, axis=1), slack, least)
-    tl.store(lost + feature, tl.where(inside, change, 0.0))
-    tl.store(products + feature, tl.where(inside, tl.sum(product, axis=1), 0.0))
-    tl.store(digests + feature, _sketch(bits, feature, inside, D))
+    tl.store(lost + feature, change, mask=inside)
+    tl.store(products + feature, tl.sum(product, axis=1), mask=inside)
+    if not AGAIN:
+        tl.store(digests + feature, _sketch(bits, feature, inside, D, LINE), mask=inside)
+
+
+@triton.jit
+def _copy_kernel(
+    W,
+    bits,
+    centre,
+    copy,
+    scales,
+    norms,
+    lost,
+    products,
+    digests,
+    changed,
+    F,
+    D,
+    slack,
+    least,
+    HAS_CENTRE: tl.constexpr,
+    KIND: tl.constexpr,
+    AGAIN: tl.constexpr,
+    LINE: tl.constexpr,
+    BF: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Rounds all features, BF at a time: KIND "bf16", "int8" (a scale per BD columns) or "same" (no
+    copy). AGAIN: only where `changed` says so, and without digests: who has read those of weights
+    that changed must not find the new ones before all of the copy is new."""
+    if AGAIN:
+        if tl.load(changed) == 0:
+            return
+    for block in range(tl.program_id(0), tl.cdiv(F, BF), tl.num_programs(0)):
+        feature = tl.cast(block, tl.int64) * BF + tl.arange(0, BF)
+        _round_block(
+            W,
+            bits,
+            centre,
+            copy,
+            scales,
+            norms,
+            lost,
+            products,
+            digests,
+            feature,
+            F,
+            D,
+            slack,
+            least,
+            HAS_CENTRE,
+            KIND,
+            AGAIN,
+            LINE,
+            BF,
+            BD,
+        )
 
 
 @triton.jit
@@ -191,11 +248,13 @@ def _aot():
         rest = {n: v for n, v in config.items() if n != "num_warps"}
         return kernel, signature, rest | constexprs, options
 
-    def copy(kind, W, bits, width):
+    def copy(kind, W, bits, width, again):
         pointers = [(W, "W"), (bits, "bits"), ("fp32", "centre scales norms lost products")]
         pointers += [("i64", "digests"), ("i8" if kind == "int8" else "bf16", "copy")]
+        pointers += [("i32", "changed")]
         numbers = {"i32:16": "F D", "fp32": "slack least"}
-        flags = {"HAS_CENTRE": True, "KIND": kind, "BD": width}
+        line = 16 if bits == "i32" else 32
+        flags = {"HAS_CENTRE": True, "KIND": kind, "AGAIN": again, "LINE": line, "BD": width}
         return case(_copy_kernel, COPY_CONFIG, pointers, numbers, **flags)
 
     def rows(words):
@@ -206,9 +265,11 @@ def _aot():
         return case(_rows_kernel, ROWS_CONFIG, pointers, numbers, **flags)
 
     return [
-        copy("bf16", "fp32", "i32", LANES),
-        copy("int8", "fp32", "i32", BLOCK8),
-        copy("same", "bf16", "i16", LANES),
+        copy("bf16", "fp32", "i32", LANES, False),
+        copy("bf16", "fp32", "i32", LANES, True),
+        copy("int8", "fp32", "i32", BLOCK8, False),
+        copy("int8", "fp32", "i32", BLOCK8, True),
+        copy("same", "bf16", "i16", LANES, True),
         *(rows(words) for words in (False, True)),
     ]
 

@@ -6,6 +6,10 @@ Products are of activations about a centre, d = x - b_dec - c, and of weights, b
 cores are granted four times as much. The rescoring dot (rescore.py) and <c, w> sum slices of 128
 columns: at most (D / 128 + 136) 2^-24 |x| |w| each. Norms are rounded up. A row or feature whose
 norms are not finite has no bound: everything of it is a candidate.
+
+A copy that is kept between calls is compared with its weights by every call, captured ones
+included, and made anew in place where they have changed: on the device, without a look from the
+host. The comparison reads one line of 64 bytes of every row: 4 MB of 65 536 features.
 """
 
 from typing import NamedTuple
@@ -31,46 +35,59 @@ TINY = 2.0**-125  # what flushing a denormal can cost: twice the least normal nu
 
 
 @triton.jit
-def _changed_kernel(bits, digests, changed, F, D, BLOCK: tl.constexpr):
-    """Whether any of BLOCK features no longer matches its digest, per program."""
+def _changed_kernel(
+    bits, digests, now, stale, changed, F, D, LINE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Whether any of BLOCK features no longer matches its digest, per program; what they are now.
+
+    `stale`: not 0 where something else has shown that the copy is of other weights.
+    """
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
-    differs = inside & (_sketch(bits, feature, inside, D) != tl.load(digests + feature))
-    tl.store(changed + tl.program_id(0), tl.max(differs.to(tl.int32), axis=0))
+    sketch = _sketch(bits, feature, inside, D, LINE)
+    tl.store(now + feature, sketch, mask=inside)
+    differs = inside & (sketch != tl.load(digests + feature, mask=inside, other=0))
+    known = (tl.load(stale) != 0).to(tl.int32)
+    tl.store(changed + tl.program_id(0), tl.maximum(tl.max(differs.to(tl.int32), axis=0), known))
 
 
 @triton.jit
 def _features_kernel(
     changed,
+    now,
+    digests,
+    stale,
     b_enc,
     products,
     threshold,
     norms,
     lost,
     bias,
-    lost_now,
     limits,
     group_bias,
     group_norms,
     group_lost,
     group_limits,
     F,
+    KEPT: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What selection reads of BLOCK features, and the extremes of their groups of G.
 
-    If any weight is known to have changed, none has a bound: a digest sees few weights of a row, so
-    an edit of one column shows in few rows.
+    KEPT: `changed` says whether the copy was made anew; then its digests are those of `now`.
     """
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
-    error = tl.where(tl.load(changed) != 0, float("inf"), tl.load(lost + feature))
+    if KEPT:
+        if tl.load(changed) != 0:
+            tl.store(digests + feature, tl.load(now + feature, mask=inside), mask=inside)
+            tl.store(stale, 0)
+    error = tl.load(lost + feature)
     b = tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)
     b += tl.load(products + feature)
     tl.store(bias + feature, b)
-    tl.store(lost_now + feature, error)
     group = tl.program_id(0).to(tl.int64) * (BLOCK // G) + tl.arange(0, BLOCK // G)
     size = tl.where(b == b, tl.abs(b), float("inf"))
     norm = tl.load(norms + feature)
@@ -93,8 +110,11 @@ class Weights(NamedTuple):
     norms: Tensor  # |w|
     lost: Tensor  # |w - w~|
     products: Tensor  # <c, w>
-    digests: Tensor
+    digests: Tensor  # int64, of a line of every row
     centre: Tensor  # c [D], or empty: 0
+    stale: Tensor  # int32 [1]: not 0 makes the next call make the copy anew
+    kind: str  # "bf16", "int8", or "same": `copy` is W itself
+    kept: bool  # from an earlier call: the weights may have changed since
 
 
 class Features(NamedTuple):
@@ -102,7 +122,7 @@ class Features(NamedTuple):
 
     bias: Tensor  # b_enc + <c, w>
     norms: Tensor
-    lost: Tensor  # infinite where weights have changed since the copy
+    lost: Tensor
     limits: Tensor  # max(threshold, 0), or empty
     group_bias: Tensor  # largest |bias|
     group_norms: Tensor
@@ -120,14 +140,20 @@ class Rows(NamedTuple):
     bounds: Tensor  # fp32 [N, 2]
 
 
+def _line(W: Tensor) -> int:
+    return 64 // W.element_size()
+
+
 def _bits(W: Tensor) -> Tensor:
     return W.view(torch.int32 if W.dtype == torch.float32 else torch.int16)
 
 
 _FEATURES_CONFIG = {"BLOCK": 128, "num_warps": 4}
+AGAIN_PROGRAMS = 1024  # that look whether a copy must be made anew: launched always, idle mostly
 
 
-def _make(W: Tensor, kind: str, x: Tensor | None, b_dec: Tensor | None) -> Weights:
+def _make(W: Tensor, kind: str, x: Tensor | None, b_dec: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors of `Weights`, in order."""
     F, D = W.shape
     device, padded = W.device, -(-F // PAD) * PAD
     empty = torch.empty(0, device=device)
@@ -142,32 +168,58 @@ def _make(W: Tensor, kind: str, x: Tensor | None, b_dec: Tensor | None) -> Weigh
         blocks = -(-D // BLOCK8)
         copy = torch.empty(F, blocks * BLOCK8, dtype=torch.int8, device=device)
         scales = torch.empty(F, blocks, device=device)
-    norms, lost, products = torch.zeros(3, padded, device=device)
+    norms, lost, products = torch.zeros(3, padded, device=device).unbind(0)
     digests = torch.zeros(padded, dtype=torch.int64, device=device)
-    width = BLOCK8 if kind == "int8" else LANES
+    stale = torch.zeros(1, dtype=torch.int32, device=device)
+    tensors = (copy, scales, norms, lost, products, digests, centre, stale)
+    _round(W, Weights(*tensors, kind, False), None)
+    return tensors
+
+
+def _round(W: Tensor, w: Weights, changed: Tensor | None) -> None:
+    """Fills a copy of W; with `changed` only where that is not 0, all of it but the digests."""
+    F, D = W.shape
+    width = BLOCK8 if w.kind == "int8" else LANES
     # The interpreter is quicker with few large programs.
     config = COPY_CONFIG if W.is_cuda else {**COPY_CONFIG, "BF": 256}
-    _copy_kernel[(triton.cdiv(F, config["BF"]),)](
+    blocks = triton.cdiv(F, config["BF"])
+    _copy_kernel[(blocks if changed is None else min(blocks, AGAIN_PROGRAMS),)](
         W,
         _bits(W),
-        centre,
-        copy,
-        scales,
-        norms,
-        lost,
-        products,
-        digests,
+        w.centre,
+        w.copy,
+        w.scales,
+        w.norms,
+        w.lost,
+        w.products,
+        w.digests,
+        w.stale if changed is None else changed,
         F,
         D,
         (D / width + width + 16) * 2 * UNIT,
         D * TINY,
-        HAS_CENTRE=x is not None,
-        KIND=kind,
+        HAS_CENTRE=w.centre.numel() > 0,
+        KIND=w.kind,
+        AGAIN=changed is not None,
+        LINE=_line(W),
         BD=width,
         enable_fp_fusion=True,
         **config,
     )
-    return Weights(copy, scales, norms, lost, products, digests, centre)
+
+
+def _renew(W: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    """Makes a copy anew if W has changed: (int32 [1], whether; int64 [F], the digests then)."""
+    F, D = W.shape
+    grid = (triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)
+    parts = torch.empty(grid, dtype=torch.int32, device=W.device)
+    now = torch.empty_like(w.digests)
+    _changed_kernel[grid](
+        _bits(W), w.digests, now, w.stale, parts, F, D, LINE=_line(W), **_FEATURES_CONFIG
+    )
+    changed = parts.amax(0, keepdim=True)
+    _round(W, w, changed)
+    return changed, now
 
 
 def weights(W: Tensor, kind: str, x: Tensor, b_dec: Tensor | None) -> Weights:
@@ -181,37 +233,41 @@ def weights(W: Tensor, kind: str, x: Tensor, b_dec: Tensor | None) -> Weights:
         kind = "same"
     bare = exact and x.dtype == torch.bfloat16 and b_dec is None
     name = f"{kind} bare" if bare else kind
-    made = Weights(*copies.of(W, name, lambda: _make(W, kind, None if bare else x, b_dec)))
+    tensors, kept = copies.of(W, name, lambda: _make(W, kind, None if bare else x, b_dec))
+    made = Weights(*tensors, kind, kept)
     return made._replace(copy=W) if exact else made
 
 
 def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: int) -> Features:
-    """`Features` of all F features in groups of G (a power of two up to 128)."""
-    F, D = W.shape
-    padded = w.norms.shape[0]
-    bias, lost, limits = torch.zeros(3, padded, device=W.device)
+    """`Features` of all F features in groups of G (a power of two up to 128).
+
+    A copy of weights that have changed is made anew first: products with it come after this.
+    """
+    F, padded = W.shape[0], w.norms.shape[0]
+    changed, now = _renew(W, w) if w.kept else (w.stale, w.digests)
+    bias, limits = torch.zeros(2, padded, device=W.device).unbind(0)
     groups = torch.zeros(4, padded // G, device=W.device).unbind(0)
-    grid = (triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)
-    changed = torch.empty(grid, dtype=torch.int32, device=W.device)
-    _changed_kernel[grid](_bits(W), w.digests, changed, F, D, **_FEATURES_CONFIG)
-    _features_kernel[grid](
-        changed.amax(0, keepdim=True),
+    _features_kernel[(triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)](
+        changed,
+        now,
+        w.digests,
+        w.stale,
         b_enc,
         w.products,
         b_enc if threshold is None else threshold,
         w.norms,
         w.lost,
         bias,
-        lost,
         limits,
         *groups,
         F,
+        KEPT=w.kept,
         HAS_LIMIT=threshold is not None,
         G=G,
         enable_fp_fusion=True,
         **_FEATURES_CONFIG,
     )
-    return Features(bias, w.norms, lost, limits, *groups)
+    return Features(bias, w.norms, w.lost, limits, *groups)
 
 
 def rows(x: Tensor, b_dec: Tensor | None, w: Weights) -> Rows:
@@ -263,10 +319,11 @@ def centred(x: Tensor, b_dec: Tensor | None) -> Tensor:
 
 
 def _aot(G: int, limit: bool):
-    floats = "b_enc products threshold norms lost bias lost_now limits group_bias group_norms"
+    floats = "b_enc products threshold norms lost bias limits group_bias group_norms"
     pointers = dict.fromkeys([*floats.split(), "group_lost", "group_limits"], "*fp32:16")
-    pointers |= {"changed": "*i32:16", "F": "i32:16"}
-    constexprs = {"HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
+    pointers |= {"changed": "*i32:16", "now": "*i64:16", "digests": "*i64:16", "stale": "*i32:16"}
+    pointers |= {"F": "i32:16"}
+    constexprs = {"KEPT": True, "HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
     options = {"num_warps": _FEATURES_CONFIG["num_warps"]}
     return _features_kernel, pointers, constexprs, options
 
@@ -276,10 +333,10 @@ AOT = [_aot(8, False), _aot(64, False), _aot(128, True)]
 AOT += [
     (
         _changed_kernel,
-        {"bits": f"*{bits}:16", "digests": "*i64:16", "changed": "*i32:16"}
-        | {"F": "i32:16", "D": "i32:16"},
-        {"BLOCK": _FEATURES_CONFIG["BLOCK"]},
+        {"bits": f"*{bits}:16", "digests": "*i64:16", "now": "*i64:16", "stale": "*i32:16"}
+        | {"changed": "*i32:16", "F": "i32:16", "D": "i32:16"},
+        {"LINE": line, "BLOCK": _FEATURES_CONFIG["BLOCK"]},
         {"num_warps": _FEATURES_CONFIG["num_warps"]},
     )
-    for bits in ("i32", "i16")
+    for bits, line in (("i32", 16), ("i16", 32))
 ]

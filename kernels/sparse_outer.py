@@ -39,7 +39,7 @@ def _sum_entries(
     total = tl.zeros([BLOCK_D], tl.float32)
     total_value = tl.zeros([BLOCK_E], tl.float32)
     for start in range(begin, end, BLOCK_E):
-        entry = start + tl.arange(0, BLOCK_E)
+        entry = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_E)
         value = tl.load(values + entry, mask=entry < end, other=0.0)
         row = tl.load(rows + entry, mask=entry < end, other=0).to(tl.int64)
         used = value != 0  # padding must not meet an Inf or NaN in g
@@ -143,7 +143,7 @@ def _feature_kernel(
     )
     if has_whole:
         for start in range(whole_begin, whole_end, BLOCK_E):
-            segment = start + tl.arange(0, BLOCK_E)
+            segment = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_E)
             whole = segment < whole_end
             mask = whole[:, None] & inside[None, :]
             sums = tl.load(partial + segment[:, None] * D + columns[None, :], mask=mask, other=0.0)

@@ -386,5 +386,6 @@ AOT = [
     _aot("bf16", 4096, 65536, 256),
     _aot("fp32", 256, 65536, 1024, "HAS_BIAS", "ACTIVE"),
     _aot("fp32", 1024, 512, 32, "MAPPED", "ACTIVE"),
+    _aot("fp32", 1024, 2048, 1000, "MAPPED", "ACTIVE"),
     _aot("fp32", 256, 65536, 32, "ACTIVE", "PLACED"),
 ]

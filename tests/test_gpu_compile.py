@@ -87,6 +87,34 @@ def test_expectations_are_texts_of_the_code(gpu_compile):
     assert list(found) == ["_Z3addPf", "_Z3subPf"] and "LDG" in found["_Z3subPf"]
 
 
+def test_what_a_block_may_not_have_fails(gpu_compile):
+    row = {"kernel": "k", "case": "c", "arch": "sm_89", "shared_bytes": 99 << 10}
+    assert gpu_compile.too_large(row) == []
+    (line,) = gpu_compile.too_large({**row, "shared_bytes": (99 << 10) + 1})
+    assert "101377 bytes" in line and "101376" in line
+    assert gpu_compile.too_large({**row, "arch": "sm_90a", "shared_bytes": 227 << 10}) == []
+
+
+def test_cases_that_depend_on_shared_memory_are_compiled_where_they_are_launched(gpu_compile):
+    """Of every kernel of tiles in flight a configuration for each size of shared memory."""
+    from fastsae.kernels import fused
+
+    every = (*gpu_compile.ARCHITECTURES, *gpu_compile.SMALL)
+    for BN in (16, 64):
+        step = [
+            case
+            for case in gpu_compile.cases("fused")
+            if case[0] is fused._step_kernel and case[2]["BN"] == BN
+        ]
+        for arch in every:
+            (case,) = [c for c in step if gpu_compile.meant(c, arch, None)]
+            most = gpu_compile.SHARED_KB[arch] << 10
+            assert case[2]["STAGES"] == fused._step_config(BN, most)["STAGES"] >= 3
+    plain = gpu_compile.cases("topk")[0]
+    assert [a for a in every if gpu_compile.meant(plain, a, None)] == [80, 90, 100]
+    assert gpu_compile.meant(plain, 120, [120])
+
+
 def test_every_kernel_of_the_sparse_ops_says_what_its_code_holds(gpu_compile):
     for stem in ("decode", "sparse_outer"):
         for case in gpu_compile.cases(stem):

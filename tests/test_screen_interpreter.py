@@ -119,7 +119,7 @@ def test_no_fallback_shows(product, oracle, monkeypatch):
     (x, W, b, k, b_dec), whole = oracle
     monkeypatch.setattr(rescore, "FULL_BYTES", 2 * 330 * 4)
     monkeypatch.setattr(encode, "capacity", lambda k: 16)
-    counts = candidates.candidates(x, W, b, b_dec, None, k, 16)[1].counts
+    counts = candidates.candidates(x, W, b, b_dec, None, k, 16).lists.counts
     assert (counts == -1).any(), "some rows should overflow"
     assert same(whole, encode.encode_topk(x, W, b, k, b_dec))
     if product == "cublas":
@@ -144,7 +144,7 @@ def test_certificate_holds_and_says_something():
     W[8] *= 1e-30
     x[5] *= 1e10
     with matmul.full_fp32(x.device):
-        rows, found, _ = candidates.candidates(x, W, b - 1e9, b_dec, None, 200, 512)
+        found = candidates.candidates(x, W, b - 1e9, b_dec, None, 200, 512).lists
     assert (found.counts[:5] <= 1).all(), "only what may be positive is a candidate"
     threshold = torch.full((200,), -1.0)
     with matmul.full_fp32(x.device):
@@ -194,6 +194,32 @@ def test_ties_and_last_bits():
     values, indices = encode.encode_topk(x, W, torch.zeros(700), 3)
     assert indices.tolist() == [[600, 0, 1]] * 3
     assert torch.equal(values, W[[600, 0, 1], 3].expand(3, 3))
+
+
+@pytest.mark.parametrize("k", [513, 1000, 1024, 1025, 1500, 2500])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few positive"])
+def test_encode_of_a_large_k(k, kind):
+    """Lists of candidates up to k = 1024, which overflow where many tie; whole rows above."""
+    draw = torch.Generator().manual_seed(k)
+    x, W = torch.randn(2, 16, generator=draw), torch.randn(2500, 16, generator=draw)
+    b = torch.randn(2500, generator=draw)
+    if kind != "normal":
+        x, W, b = (x.round(), W.round(), b.round())
+    if kind == "few positive":
+        b -= 12
+    got = encode.encode_topk(x, W, b, k)
+    wanted = reference.encode_topk(x.double(), W.double(), b.double(), k)
+    assert torch.equal(got[1], wanted[1]) and (got[0] - wanted[0]).abs().max() < 1e-4
+    alone = encode.encode_topk(x[1:], W, b, k)
+    assert same(alone, [t[1:] for t in got])
+
+
+def test_a_large_k_in_two_steps(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    x, W = torch.randn(2, 16, generator=draw), torch.randn(2500, 16, generator=draw)
+    one = encode.encode_topk(x, W, torch.zeros(2500), 700)
+    monkeypatch.setattr(rescore, "TWO_STEPS", 0)
+    assert same(one, encode.encode_topk(x, W, torch.zeros(2500), 700))
 
 
 @pytest.mark.parametrize("capacity", [40, 90, 150])
@@ -327,7 +353,8 @@ def test_weights_beyond_two_billion(tmp_path):
     lists = torch.tensor([[F - 1] + [0] * 15], dtype=torch.int32)
     todo, one = torch.zeros(1, 16, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     row = torch.zeros(1, dtype=torch.int64)
-    arguments = (x, W, x, row, one, todo, lists, out, D, D, 16, 16, 1, 0, 1, 256, 1)
+    found = (x, x + torch.inf, one)  # nothing screened, nothing to contradict
+    arguments = (x, W, x, row, one, todo, lists, *found, out, D, D, 16, 16, 1, 0, 1, 256, 1)
     rescore._dot_kernel[(1, 1)](*arguments, **rescore._DOT_CONFIG)
     assert out[0, 0] == pytest.approx(float(w[:128].sum()), rel=1e-5)
 
