@@ -63,6 +63,20 @@ inline Tensor make(std::initializer_list<int64_t> size, ScalarType type) {
                               type);
 }
 
+// Small operands are widened here, so that kernels only meet fp32.
+inline Tensor widened(const Tensor& t, const char* name) {
+  const DType type = dtype_of(t, name);
+  if (type == DType::f32) return t;
+  Tensor out = make({t.numel()}, ScalarType::Float);
+  float* wide = (float*)out.mutable_data_ptr();
+  const void* data = t.const_data_ptr();
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    wide[i] =
+        type == DType::bf16 ? to_float(((const bf16*)data)[i]) : to_float(((const f16*)data)[i]);
+  }
+  return out;
+}
+
 // Rows in parallel, about `work` elementary operations each; small problems stay on this thread.
 template <class Function>
 void parallel(int64_t n, int64_t work, const Function& function) {
