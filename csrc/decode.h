@@ -93,7 +93,7 @@ inline const int64_t* radix_ascending(int64_t* keys, int64_t* spare, int64_t n, 
 }
 
 // Room for sorting one row of K entries.
-inline int64_t sort_bytes(int64_t K) { return 24 * K; }
+inline int64_t sort_bytes(int64_t K) { return 24 * K + 64; }
 
 // The entries of row n by ascending index, repeated ones in their old order: the order of every
 // sum, so that blocks of features may be taken one after the other. Returns how many there are: a
@@ -101,7 +101,7 @@ inline int64_t sort_bytes(int64_t K) { return 24 * K; }
 template <class I>
 inline int64_t sort_entries(const DecodeArgs& a, int64_t n, float* value, int32_t* index,
                             char* memory) {
-  constexpr int64_t kRanked = 64;  // so many are sooner compared each with each than counted
+  constexpr int64_t kRanked = 128;  // so many are sooner compared each with each than counted
   int64_t* keys = (int64_t*)memory;
   float* unsorted = (float*)(keys + 2 * a.K);
   int64_t used = 0;
@@ -109,26 +109,31 @@ inline int64_t sort_entries(const DecodeArgs& a, int64_t n, float* value, int32_
   for (int64_t k = 0; k < a.K; ++k) {
     const float v = read(a.values, a.value_type, n * a.K + k);
     if (v == 0) continue;
-    keys[used] = (int64_t)a.indices[n * a.K + k] << 32 | used;
     index[used] = a.indices[n * a.K + k];
     value[used] = unsorted[used] = v;
     sorted &= used == 0 || index[used - 1] <= index[used];
     ++used;
   }
   if (sorted) return used;
-  if (used > kRanked) {
-    const int64_t* ascending = radix_ascending(keys, keys + a.K, used, a.F);
+  if (used <= kRanked && a.F <= INT32_MAX / kRanked) {
+    int32_t key[kRanked + 16];
+    for (int64_t i = 0; i < used; ++i) key[i] = index[i] * (int32_t)kRanked + (int32_t)i;
+    for (int64_t i = used; i < used + 16; ++i) key[i] = -1;  // above nothing
     for (int64_t i = 0; i < used; ++i) {
-      index[i] = (int32_t)(ascending[i] >> 32);
-      value[i] = unsorted[(int32_t)ascending[i]];
+      int32_t above = 0;
+      for (int64_t j = 0; j < used; j += 16) {
+        above += __builtin_popcount(I::gt_key(key + j, key[i]));
+      }
+      index[used - 1 - above] = key[i] / (int32_t)kRanked;
+      value[used - 1 - above] = unsorted[i];
     }
     return used;
   }
+  for (int64_t i = 0; i < used; ++i) keys[i] = (int64_t)index[i] << 32 | i;
+  const int64_t* ascending = radix_ascending(keys, keys + a.K, used, a.F);
   for (int64_t i = 0; i < used; ++i) {
-    int64_t rank = 0;
-    for (int64_t j = 0; j < used; ++j) rank += keys[j] < keys[i];
-    index[rank] = (int32_t)(keys[i] >> 32);
-    value[rank] = unsorted[i];
+    index[i] = (int32_t)(ascending[i] >> 32);
+    value[i] = unsorted[(int32_t)ascending[i]];
   }
   return used;
 }

@@ -62,7 +62,7 @@ def test_more_rows_than_a_block_has(threads):
     assert torch.equal(native.decode(values[1:], indices[1:], W, b), got[1:])
 
 
-@pytest.mark.parametrize("k", [48, 100])  # few entries of a row and many are sorted in two ways
+@pytest.mark.parametrize("k", [48, 200])  # few entries of a row and many are sorted in two ways
 @pytest.mark.parametrize("n", [1, 200])
 def test_sums_go_by_ascending_index(isa, n, k):
     """However the entries lie; those of one feature go in their own order."""
@@ -91,3 +91,10 @@ def test_nan_and_infinity_travel_through_blocks(isa):
     got = native.decode(values, indices, W)
     assert got[3].isnan().all() and not got[4].isfinite().any()
     assert torch.equal(got[5:], clean[5:])
+
+
+def test_more_features_than_short_keys_number(isa):
+    f = 2**24 + 5
+    W, indices = torch.zeros(f, 1), torch.tensor([[f - 1, 3, f - 2, 3]], dtype=torch.int32)
+    W[3], W[f - 2], W[f - 1] = 1.0, 1e8, -1e8
+    assert native.decode(torch.tensor([[1.0, 4.0, 1.0, 2.0]]), indices, W).item() == 8.0
