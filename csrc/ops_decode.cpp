@@ -19,7 +19,7 @@ ScalarType promoted(DType a, DType b) {
 bool use_blocks(DecodeArgs* a) {
   constexpr int64_t kL2Floats = 1 << 18;  // of all W: it stays there by itself
   constexpr int64_t kBlockBytes = 512 << 10, kRows = 4096;
-  constexpr int64_t kReads = 4;  // of a weight, and entries of a row in a block, at least
+  constexpr int64_t kReads = 5;  // of a weight, and entries of a row in a block, at least
   const int64_t size = a->weight_type == DType::f32 ? 4 : 2;
   const int64_t threads = torch::stable::get_num_threads();
   a->slices = (a->D + kDecodeColumns - 1) / kDecodeColumns;

@@ -31,9 +31,9 @@ def alone(values, indices, W, b=None):
 @pytest.mark.parametrize(
     "n,k,f,d",
     [
-        (110, 80, BLOCK + 52, 257),  # the last block of features and that of columns are short
+        (110, 100, BLOCK + 52, 257),  # the last block of features and that of columns are short
         (210, 64, 300, 900),  # all features in one block
-        (95, 90, BLOCK, 192),  # whole blocks
+        (95, 120, BLOCK, 192),  # whole blocks
     ],
 )
 def test_blocks_give_the_bits_of_a_row_alone(threads, dtype, isa, n, k, f, d):
