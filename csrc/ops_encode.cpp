@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kMostFeatures = 256;    // kPanel of panel.h
 constexpr int64_t kPanelRoom = kMostFeatures + 16;  // a list must hold one more panel
-constexpr int64_t kPanelBytes = 512 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
+constexpr int64_t kPanelBytes = 256 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
 constexpr int64_t kMoreRows = 12;           // that product.h may read: a block, at most
 constexpr int64_t kRanges = 8, kFewRows = 64;  // beyond either, threads share ranges by rows
 
@@ -36,6 +36,9 @@ struct Problem {
   EncodeArgs a;
 };
 
+// Rows that stay in L2 while weights pass by.
+int64_t kept_rows(int64_t D) { return std::max<int64_t>(64, (1 << 20) / (2 * D) / 32 * 32); }
+
 // How a problem is cut: rows per tile, and the lists of a row.
 struct Plan {
   int64_t tile, ranges, groups, capacity, wanted;
@@ -44,6 +47,7 @@ struct Plan {
     const EncodeArgs& a = p.a;
     const int64_t threads = torch::stable::get_num_threads();
     ranges = std::min({threads, a.N > kFewRows ? kRanges : threads, (a.F + 255) / 256});
+    if (a.weight_tiles && a.N >= threads * kept_rows(a.D)) ranges = 1;
     groups = (threads + ranges - 1) / ranges;
     const int64_t width = (a.F + ranges - 1) / ranges + 256;  // of a range, whole panels
     // Exact lists of a top-k shrink to k; those of a threshold may need every feature.

@@ -13,6 +13,8 @@ struct Panel {
   float *bias, *threshold;               // [kPanel]: b_enc + <centre, w>, θ
   bf16* rounded;                         // [16][32 * steps] rows on their way into tiles
   float* packed;                         // of product.h, where there are no tiles
+  const char* fetch;                     // what of the next panel comes into L2 next, and
+  int64_t lines;                         // how many cache lines in a step of a product
   float* h;                              // [kScanRows + a block of dots][kPanel] products
 };
 
@@ -59,6 +61,7 @@ inline void load_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel*
   const int64_t steps = (a.D + 31) / 32;
   if (a.weight_tiles) {
     p->tiles = (bf16*)a.weight_tiles + first * steps * 32;
+    p->fetch = (const char*)(p->tiles + a.panel * steps * 32);
     return;
   }
   for (int64_t g = 0; g < padded_to(width, 32); g += 16) {
