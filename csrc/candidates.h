@@ -26,14 +26,6 @@ inline List list_of(const EncodeArgs& a, int64_t n, int64_t range) {
   return {a.index + begin, a.h + begin, a.error + begin, a.todo + begin, a.tally + at};
 }
 
-// The end of a list comes into L2: meanwhile, products of other rows use the first level.
-inline void fetch_list(const List& l) {
-  const int32_t count = l.tally->count < 0 ? 0 : l.tally->count;
-  __builtin_prefetch(l.index + count, 1, 2);
-  __builtin_prefetch(l.h + count, 1, 2);
-  __builtin_prefetch(l.error + count, 1, 2);
-}
-
 // Order-preserving key of a lower bound of the exact value; a NaN that is not exact bounds nothing.
 inline int32_t lower_key(float h, float error) {
   const float lower = h - error;

@@ -118,7 +118,7 @@ inline void begin_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel
 // features share them; weights of the next panel are on their way into L2.
 template <class I>
 inline void tile_products(const EncodeArgs& a, int64_t n, int64_t width, Panel* p) {
-  constexpr int64_t kPart = 12, kShare = 128;
+  constexpr int64_t kPart = 8, kShare = 128;
   const int64_t steps = (a.D + 31) / 32, part = width >= kShare ? kPart : steps;
   const bf16* x = a.tiles + n * steps * 32;
   for (int64_t s = 0; s < steps; s += part) {
@@ -162,7 +162,6 @@ inline void scan_rows(const EncodeArgs& a, int64_t range, int64_t begin, int64_t
     const int64_t together = a.floats ? kProductRows : kScanRows;
     for (int64_t n = begin; n < end; n += together) {
       const int64_t rows = min64(together, end - n);
-      for (int64_t m = n; m < n + rows; ++m) fetch_list(list_of(a, m, range));
       panel_products<I>(a, n, rows, first, width, &s->panel);
       for (int64_t m = n; m < n + rows; ++m) {
         const float* h = s->panel.h + (m - n) * kPanel;
