@@ -102,8 +102,7 @@ def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind,
     for _ in range(3):
         same(run(), wanted)
     tiles = isa == "amx" and weights == torch.float32 and n > native.TILE_ROWS
-    few = n <= (native.TILE_ROWS if isa == "amx" else native.BYTE_ROWS)
-    made = "bf16" if tiles else "int8" if few else None
+    made = "bf16" if tiles else "int8" if n <= native.BYTE_ROWS else None
     assert copies.total_bytes() == (copies.size(W, made) + 4 * 83 if made else 0)
 
 
