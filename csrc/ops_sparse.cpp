@@ -6,26 +6,8 @@
 
 #include "binding.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastsae {
 namespace {
-
-// A large output that is written once: on small pages half of the time would be page faults.
-Tensor make_large(std::initializer_list<int64_t> size) {
-  Tensor out = make(size, ScalarType::Float);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t data = (uintptr_t)out.mutable_data_ptr();
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (data + (uintptr_t)out.numel() * 4) / kPage * kPage;
-  // Only advice, so a refusal is no error.
-  if (end >= begin + 8 * kPage) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
-  return out;
-}
 
 // The entries with value != 0 sorted by feature, in their old order within a feature.
 struct InverseIndex {
@@ -83,7 +65,7 @@ std::tuple<Tensor, Tensor> sparse_outer(const Tensor& values, const Tensor& indi
   check_range(index, N * K, F, "indices");
   const Tensor wide = widened(values, "values");
   const InverseIndex inverse = invert((const float*)wide.const_data_ptr(), index, N, K, F);
-  Tensor dW = make_large({F, D}), db = make({F}, ScalarType::Float);
+  Tensor dW = make_large({F, D}, ScalarType::Float), db = make({F}, ScalarType::Float);
   SparseOuterArgs a{};
   a.values = inverse.values.get();
   a.rows = inverse.rows.get();
