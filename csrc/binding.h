@@ -67,8 +67,8 @@ inline Tensor make(std::initializer_list<int64_t> size, ScalarType type) {
                               type);
 }
 
-// A large tensor that is written once: on small pages half of the time would be page faults. Or read
-// at every call: there, translating addresses costs a tenth.
+// A large tensor that is written once: on small pages half of the time would be page faults. Or one
+// that is read at every call: translating its addresses costs a tenth.
 inline Tensor make_large(std::initializer_list<int64_t> size, ScalarType type) {
   Tensor out = make(size, type);
 #ifdef MADV_HUGEPAGE

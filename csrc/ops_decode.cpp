@@ -24,7 +24,8 @@ bool use_blocks(DecodeArgs* a) {
   const int64_t threads = torch::stable::get_num_threads();
   a->slices = (a->D + kDecodeColumns - 1) / kDecodeColumns;
   if (a->N == 0 || a->F * a->D <= kL2Floats) return false;
-  const int64_t blocks = std::max((a->N + kRows - 1) / kRows, (threads + a->slices - 1) / a->slices);
+  const int64_t blocks =
+      std::max((a->N + kRows - 1) / kRows, (threads + a->slices - 1) / a->slices);
   a->block_rows = (a->N + blocks - 1) / blocks;
   a->block_features = std::min(a->F, kBlockBytes / (kDecodeColumns * size));
   return a->block_rows * a->K > kReads * a->F && a->K * a->block_features > kReads * a->F;
