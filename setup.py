@@ -16,7 +16,7 @@ CHOICES = ("auto", "none", "cpu", "cuda")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 SOURCES = (
     "kernels_scalar kernels_avx2 kernels_avx512 kernels_amx cpu workspace"
-    " ops_copy ops_encode ops_mi ops_residual ops_select ops_sparse ops_steer ops_watch"
+    " ops_copy ops_decode ops_encode ops_mi ops_residual ops_select ops_sparse ops_steer ops_watch"
 ).split()
 
 

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <vector>
 
@@ -61,6 +65,35 @@ inline void check_range(const int32_t* index, int64_t n, int64_t limit, const ch
 inline Tensor make(std::initializer_list<int64_t> size, ScalarType type) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
                               type);
+}
+
+// A large tensor that is written once: on small pages half of the time would be page faults. Or one
+// that is read at every call: translating its addresses costs a tenth.
+inline Tensor make_large(std::initializer_list<int64_t> size, ScalarType type) {
+  Tensor out = make(size, type);
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t data = (uintptr_t)out.mutable_data_ptr();
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + (uintptr_t)(out.numel() * out.element_size())) / kPage * kPage;
+  // Only advice, so a refusal is no error.
+  if (end >= begin + 8 * kPage) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+// Small operands are widened here, so that kernels only meet fp32.
+inline Tensor widened(const Tensor& t, const char* name) {
+  const DType type = dtype_of(t, name);
+  if (type == DType::f32) return t;
+  Tensor out = make({t.numel()}, ScalarType::Float);
+  float* wide = (float*)out.mutable_data_ptr();
+  const void* data = t.const_data_ptr();
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    wide[i] =
+        type == DType::bf16 ? to_float(((const bf16*)data)[i]) : to_float(((const f16*)data)[i]);
+  }
+  return out;
 }
 
 // Rows in parallel, about `work` elementary operations each; small problems stay on this thread.

@@ -90,6 +90,8 @@ inline ScanScratch scan_scratch(const EncodeArgs& a, char* memory) {
   p.threshold = p.bias + kPanel;
   p.tiles = (bf16*)(p.threshold + kPanel);
   p.packed = p.threshold + kPanel;
+  p.fetch = nullptr;
+  p.lines = 0;
   p.rounded = p.tiles + a.panel * ((a.D + 31) / 32) * 32;
   memset(p.norms, 0, 5 * kPanel * 4);
   return s;
@@ -112,26 +114,39 @@ inline void begin_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel
   for (int64_t j = 0; j < width; ++j) p->bias[j] = a.b_enc[first + j] + p->products[j];
 }
 
+// Products of 32 rows by tiles. In parts of the depth for which the rows stay in L1, where enough
+// features share them; weights of the next panel are on their way into L2.
+template <class I>
+inline void tile_products(const EncodeArgs& a, int64_t n, int64_t width, Panel* p) {
+  constexpr int64_t kPart = 8, kShare = 128;
+  const int64_t steps = (a.D + 31) / 32, part = width >= kShare ? kPart : steps;
+  const bf16* x = a.tiles + n * steps * 32;
+  for (int64_t s = 0; s < steps; s += part) {
+    const int64_t count = min64(part, steps - s);
+    for (int64_t g = 0; g < width; g += 32) {
+      const bf16 *a0 = x + s * 512, *b0 = p->tiles + (g * steps + s * 16) * 32;
+      I::multiply_tiles(a0, a0 + steps * 512, b0, b0 + steps * 512, count, p->h + g, kPanel, s > 0,
+                        p->fetch, p->lines);
+      p->fetch += 64 * p->lines * count;
+    }
+  }
+}
+
 template <class I>
 inline void panel_products(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first,
-                           int64_t width, const Panel& p) {
+                           int64_t width, Panel* p) {
   if constexpr (I::kTiles) {
     if (a.tiles) {
-      const int64_t steps = (a.D + 31) / 32;
-      const bf16* x = a.tiles + n * steps * 32;
-      for (int64_t g = 0; g < width; g += 32) {
-        const bf16* w = p.tiles + g * steps * 32;
-        I::multiply_tiles(x, x + steps * 512, w, w + steps * 512, steps, p.h + g, kPanel);
-      }
+      tile_products<I>(a, n, width, p);
       return;
     }
   }
   if (a.floats) {
-    product_panel<I>(a, n, rows, width, p.packed, p.h);
+    product_panel<I>(a, n, rows, width, p->packed, p->h);
   } else if (a.words) {
-    byte_panel<I>(a, n, rows, first, width, p.h);
+    byte_panel<I>(a, n, rows, first, width, p->h);
   } else {
-    exact_any_panel<I>(a, n, rows, first, width, p.h);
+    exact_any_panel<I>(a, n, rows, first, width, p->h);
   }
 }
 
@@ -140,13 +155,14 @@ template <class I>
 inline void scan_rows(const EncodeArgs& a, int64_t range, int64_t begin, int64_t end,
                       ScanScratch* s) {
   const int64_t last = range_begin(a, range + 1);
+  if (a.weight_tiles) s->panel.lines = max64(1, 1024 / padded_to(end - begin, 32));
   for (int64_t first = range_begin(a, range); first < last; first += a.panel) {
     const int64_t width = min64(a.panel, last - first);
     begin_panel<I>(a, first, width, &s->panel);
     const int64_t together = a.floats ? kProductRows : kScanRows;
     for (int64_t n = begin; n < end; n += together) {
       const int64_t rows = min64(together, end - n);
-      panel_products<I>(a, n, rows, first, width, s->panel);
+      panel_products<I>(a, n, rows, first, width, &s->panel);
       for (int64_t m = n; m < n + rows; ++m) {
         const float* h = s->panel.h + (m - n) * kPanel;
         if (is_screened(a)) {

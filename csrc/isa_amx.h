@@ -52,13 +52,23 @@ struct Amx : Avx512 {
 
   // c [32, 32] = A Bᵀ from tiles of 16 x 32 (A) and of 16 pairs x 16 columns (B), `steps` of them
   // each one after the other in memory; a1 and b1 are the lower rows of A and the right columns.
+  // `more`: added to what c holds. In every step, `lines` cache lines from `fetch` on come into L2.
   FASTSAE_INLINE void multiply_tiles(const bf16* a0, const bf16* a1, const bf16* b0, const bf16* b1,
-                                     int64_t steps, float* c, int64_t stride) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+                                     int64_t steps, float* c, int64_t stride, bool more,
+                                     const char* fetch, int64_t lines) {
+    if (more) {
+      _tile_loadd(0, c, stride * 4);
+      _tile_loadd(1, c + 16, stride * 4);
+      _tile_loadd(2, c + 16 * stride, stride * 4);
+      _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t l = 0; l < lines; ++l, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T1);
       _tile_loadd(4, a0 + s * 512, 64);
       _tile_loadd(6, b0 + s * 512, 64);
       _tile_loadd(5, a1 + s * 512, 64);

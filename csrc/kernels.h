@@ -29,9 +29,15 @@ struct DecodeArgs {
   void* out;          // [N, D] of out_type
   DType value_type, weight_type, out_type;
   int64_t N, K, D;
-  int64_t F, slices;  // work item i is columns of slice i / N of row i % N
-  bool pack;          // copy the columns of a slice before they are read many times
+  int64_t F, slices;  // decode_rows: work item i is columns of slice i / N of row i % N
+  // decode_blocks, of slices of kDecodeColumns columns, after decode_sort has filled these:
+  float* sorted_values;                 // [N, K]: entries of a row by ascending index, of which
+  int32_t *sorted_indices, *counts;     // counts [N] are not zero
+  int64_t block_rows, block_features;   // of a work item; of the weights that it reads at a time
+  char* scratch;  // of one thread: a block of weights, block_rows sums of kDecodeColumns + 1 words
 };
+
+constexpr int64_t kDecodeColumns = 64;
 
 struct GatherDotArgs {
   const void* g;  // [N, D] of g_type
@@ -232,6 +238,8 @@ struct Kernels {
   const char* name;
   void (*topk_rows)(const TopkArgs&, int64_t begin, int64_t end);
   void (*decode_rows)(const DecodeArgs&, int64_t begin, int64_t end);
+  void (*decode_sort)(const DecodeArgs&, int64_t begin, int64_t end);
+  void (*decode_blocks)(const DecodeArgs&, int64_t begin, int64_t end);
   void (*gather_dot_rows)(const GatherDotArgs&, int64_t begin, int64_t end);
   void (*sparse_outer_features)(const SparseOuterArgs&, int64_t begin, int64_t end);
   void (*code_gradients)(const CodeGradientArgs&, int64_t begin, int64_t end);

@@ -35,8 +35,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_copy(const Tensor& W, const Tensor& ce
   c.centre = floats(centre, "centre", 1, c.D);
   STD_TORCH_CHECK(bytes || kernels().tiles, "bytes: this processor has no tiles");
   const int64_t F = (c.F + 255) / 256 * 256, wide = (c.D + 127) / 128 * 128;
-  Tensor data = bytes ? make({F, wide}, ScalarType::Char)
-                      : make({F, (c.D + 31) / 32 * 32}, ScalarType::BFloat16);
+  Tensor data = bytes ? make_large({F, wide}, ScalarType::Char)
+                      : make_large({F, (c.D + 31) / 32 * 32}, ScalarType::BFloat16);
   Tensor scales = make({bytes ? F : 0, wide / 128}, ScalarType::Float);
   Tensor norms = make({3, F}, ScalarType::Float);
   c.norms = (float*)norms.mutable_data_ptr();

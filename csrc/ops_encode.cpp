@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kMostFeatures = 256;    // kPanel of panel.h
 constexpr int64_t kPanelRoom = kMostFeatures + 16;  // a list must hold one more panel
-constexpr int64_t kPanelBytes = 512 << 10;  // of bf16 weights: a panel stays in L2, beside the rows
+// Of bf16 weights: a panel stays in L2 beside the rows, and one of a copy also beside the next.
+constexpr int64_t kPanelBytes = 512 << 10, kCopyBytes = 256 << 10;
 constexpr int64_t kMoreRows = 12;           // that product.h may read: a block, at most
 constexpr int64_t kRanges = 8, kFewRows = 64;  // beyond either, threads share ranges by rows
 
@@ -36,6 +37,9 @@ struct Problem {
   EncodeArgs a;
 };
 
+// Rows that stay in L2 while weights pass by.
+int64_t kept_rows(int64_t D) { return std::max<int64_t>(64, (1 << 20) / (2 * D) / 32 * 32); }
+
 // How a problem is cut: rows per tile, and the lists of a row.
 struct Plan {
   int64_t tile, ranges, groups, capacity, wanted;
@@ -44,11 +48,17 @@ struct Plan {
     const EncodeArgs& a = p.a;
     const int64_t threads = torch::stable::get_num_threads();
     ranges = std::min({threads, a.N > kFewRows ? kRanges : threads, (a.F + 255) / 256});
+    // Enough rows for every thread, and weights that are read again at no cost: lists of whole rows,
+    // as long together, are cut down to k sooner.
+    const int64_t shared = ranges;
+    const bool copied = screen == Screen::tiles && a.weight_tiles;
+    if (copied && a.N >= threads * kept_rows(a.D)) ranges = 1;
     groups = (threads + ranges - 1) / ranges;
     const int64_t width = (a.F + ranges - 1) / ranges + 256;  // of a range, whole panels
     // Exact lists of a top-k shrink to k; those of a threshold may need every feature.
     wanted = a.threshold ? (screen == Screen::none ? width : candidates)
                          : std::max(candidates, 4 * a.k);
+    if (ranges == 1) wanted *= shared;
     capacity = (std::min(width, wanted) + kPanelRoom + 15) / 16 * 16;
     // Lists, what rescoring and writing add to them, and the row itself.
     const int64_t entry = a.threshold ? 36 : 20;
@@ -86,10 +96,11 @@ void encode_tile(const Problem& p, const Plan& plan, Screen screen, int64_t firs
   a.ranges = plan.ranges;
   a.groups = std::min(plan.groups, (rows + 31) / 32);
   a.capacity = plan.capacity;
+  const int64_t most = a.weight_tiles ? kCopyBytes : kPanelBytes;
   const int64_t share = (16 << 20) / torch::stable::get_num_threads();
   const int64_t feature = screen == Screen::floats ? 4 * D : steps * 64;
-  a.panel = std::clamp<int64_t>(std::min(kPanelBytes, share) / feature / 32 * 32, 32,
-                                kMostFeatures);
+  a.panel =
+      std::clamp<int64_t>(std::min(most, share) / feature / 32 * 32, 32, kMostFeatures);
   a.left = left;
   a.rows = outputs;
   a.index = w.take<int32_t>((size_t)(lists * a.capacity));

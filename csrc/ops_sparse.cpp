@@ -1,159 +1,13 @@
-// Bindings of decode, its gradients and the training step; schemas in fastsae/ops/schema.py.
+// Bindings of the gradients of sparse codes and the training step; schemas in fastsae/ops/schema.py.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <memory>
 #include <utility>
 
 #include "binding.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace fastsae {
 namespace {
-
-ScalarType promoted(DType a, DType b) {
-  const DType result = a == b ? a : DType::f32;
-  if (result == DType::bf16) return ScalarType::BFloat16;
-  return result == DType::f16 ? ScalarType::Half : ScalarType::Float;
-}
-
-// Small operands are widened here, so that kernels only meet fp32.
-Tensor widened(const Tensor& t, const char* name) {
-  const DType type = dtype_of(t, name);
-  if (type == DType::f32) return t;
-  Tensor out = make({t.numel()}, ScalarType::Float);
-  float* wide = (float*)out.mutable_data_ptr();
-  const void* data = t.const_data_ptr();
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    wide[i] =
-        type == DType::bf16 ? to_float(((const bf16*)data)[i]) : to_float(((const f16*)data)[i]);
-  }
-  return out;
-}
-
-// A large output that is written once: on small pages half of the time would be page faults.
-Tensor make_large(std::initializer_list<int64_t> size) {
-  Tensor out = make(size, ScalarType::Float);
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t data = (uintptr_t)out.mutable_data_ptr();
-  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (data + (uintptr_t)out.numel() * 4) / kPage * kPage;
-  // Only advice, so a refusal is no error.
-  if (end >= begin + 8 * kPage) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
-  return out;
-}
-
-Tensor decode_rows(const Tensor& values, const Tensor& indices, const Tensor& W,
-                   const std::optional<Tensor>& bias) {
-  check(values, "values", 2);
-  check(W, "W", 2);
-  const int64_t N = values.size(0), K = values.size(1), D = W.size(1);
-  DecodeArgs a{};
-  a.indices = ints(indices, "indices", 2, K);
-  STD_TORCH_CHECK(indices.size(0) == N, "indices: expected the shape of values");
-  check_range(a.indices, N * K, W.size(0), "indices");
-  a.value_type = dtype_of(values, "values");
-  a.weight_type = dtype_of(W, "W");
-  const ScalarType type = promoted(a.value_type, a.weight_type);
-  Tensor out = make({N, D}, type);
-  std::optional<Tensor> wide;
-  if (bias) {
-    check(*bias, "b", 1, D);
-    wide = widened(*bias, "b");
-    a.bias = (const float*)wide->const_data_ptr();
-  }
-  a.values = values.const_data_ptr();
-  a.W = W.const_data_ptr();
-  a.out = out.mutable_data_ptr();
-  a.out_type = dtype_of(out, "out");
-  a.N = N;
-  a.K = K;
-  a.D = D;
-  // Too few rows to occupy every thread: cut their columns, unless there is little to add up. Rows
-  // of W that are read again and again: cut columns until all rows of a slice fit in L2.
-  constexpr int64_t kL2Floats = 1 << 18, kReads = 32;
-  const int64_t threads = torch::stable::get_num_threads(), F = W.size(0);
-  a.slices = N < threads && K * D > 65536 ? std::min(threads, D / 64 + 1) : 1;
-  a.F = F;
-  a.pack = N * K > kReads * F && F * D > kL2Floats && F * 64 <= kL2Floats;
-  if (a.pack) {
-    a.slices = (D + kL2Floats / F / 64 * 64 - 1) / (kL2Floats / F / 64 * 64);
-  }
-  parallel(N * a.slices, K * D / a.slices,
-           [&](int64_t begin, int64_t end) { kernels().decode_rows(a, begin, end); });
-  return out;
-}
-
-// Whether a row of `dense` has these codes' bits and no other. Codes are few, so most groups of cache
-// lines are zero: an OR of them all, and a count only where it is not. Then the row is in the cache.
-template <class Bits>
-bool holds_row(const Bits* dense, int64_t F, const Bits* values, const int32_t* indices,
-               int64_t K) {
-  constexpr int64_t kLines = 256 / sizeof(Bits);
-  int64_t left = 0;
-  for (int64_t begin = 0; begin < F; begin += kLines) {
-    const int64_t end = min64(begin + kLines, F);
-    Bits any = 0;
-    for (int64_t f = begin; f < end; ++f) any |= dense[f];
-    for (int64_t f = begin; any && f < end; ++f) left += dense[f] != 0;
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    if ((Bits)(values[k] << 1) == 0) continue;  // zero of either sign
-    if (dense[indices[k]] != values[k]) return false;
-    --left;
-  }
-  return left == 0;
-}
-
-bool holds_codes(const Tensor& dense, const Tensor& values, const Tensor& indices) {
-  check(dense, "dense", 2);
-  const int64_t N = dense.size(0), F = dense.size(1), K = values.size(1);
-  check(values, "values", 2, K);
-  const int32_t* index = ints(indices, "indices", 2, K);
-  const DType type = dtype_of(dense, "dense");
-  STD_TORCH_CHECK(values.size(0) == N && indices.size(0) == N, "values: expected a row per row");
-  STD_TORCH_CHECK(dtype_of(values, "values") == type, "values: expected the dtype of dense");
-  check_range(index, N * K, F, "indices");
-  std::atomic<bool> all{true};
-  parallel(N, F, [&](int64_t begin, int64_t end) {
-    const void *rows = dense.const_data_ptr(), *codes = values.const_data_ptr();
-    for (int64_t n = begin; n < end && all.load(std::memory_order_relaxed); ++n) {
-      const int32_t* at = index + n * K;
-      const bool holds =
-          type == DType::f32
-              ? holds_row((const uint32_t*)rows + n * F, F, (const uint32_t*)codes + n * K, at, K)
-              : holds_row((const uint16_t*)rows + n * F, F, (const uint16_t*)codes + n * K, at, K);
-      if (!holds) all.store(false, std::memory_order_relaxed);
-    }
-  });
-  return all.load();
-}
-
-Tensor gather_dot(const Tensor& g, const Tensor& W, const Tensor& indices) {
-  check(g, "g", 2);
-  check(W, "W", 2, g.size(1));
-  GatherDotArgs a{};
-  const int64_t N = g.size(0), K = indices.size(1);
-  a.indices = ints(indices, "indices", 2, K);
-  STD_TORCH_CHECK(indices.size(0) == N, "indices: expected one row per row of g");
-  check_range(a.indices, N * K, W.size(0), "indices");
-  Tensor out = make({N, K}, ScalarType::Float);
-  a.g = g.const_data_ptr();
-  a.g_type = dtype_of(g, "g");
-  a.W = W.const_data_ptr();
-  a.weight_type = dtype_of(W, "W");
-  a.out = (float*)out.mutable_data_ptr();
-  a.K = K;
-  a.D = g.size(1);
-  parallel(N, K * a.D,
-           [&](int64_t begin, int64_t end) { kernels().gather_dot_rows(a, begin, end); });
-  return out;
-}
 
 // The entries with value != 0 sorted by feature, in their old order within a feature.
 struct InverseIndex {
@@ -211,7 +65,7 @@ std::tuple<Tensor, Tensor> sparse_outer(const Tensor& values, const Tensor& indi
   check_range(index, N * K, F, "indices");
   const Tensor wide = widened(values, "values");
   const InverseIndex inverse = invert((const float*)wide.const_data_ptr(), index, N, K, F);
-  Tensor dW = make_large({F, D}), db = make({F}, ScalarType::Float);
+  Tensor dW = make_large({F, D}, ScalarType::Float), db = make({F}, ScalarType::Float);
   SparseOuterArgs a{};
   a.values = inverse.values.get();
   a.rows = inverse.rows.get();
@@ -374,9 +228,6 @@ std::string get_isa() { return kernels().name; }
 }  // namespace fastsae
 
 STABLE_TORCH_LIBRARY_IMPL(fastsae, CPU, m) {
-  m.impl("_decode_rows", TORCH_BOX(&fastsae::decode_rows));
-  m.impl("_holds_codes", TORCH_BOX(&fastsae::holds_codes));
-  m.impl("_gather_dot", TORCH_BOX(&fastsae::gather_dot));
   m.impl("_sparse_outer", TORCH_BOX(&fastsae::sparse_outer));
   m.impl("_code_gradients", TORCH_BOX(&fastsae::code_gradients));
   m.impl("_train_rows", TORCH_BOX(&fastsae::train_rows));

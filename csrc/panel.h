@@ -13,6 +13,8 @@ struct Panel {
   float *bias, *threshold;               // [kPanel]: b_enc + <centre, w>, θ
   bf16* rounded;                         // [16][32 * steps] rows on their way into tiles
   float* packed;                         // of product.h, where there are no tiles
+  const char* fetch;                     // what of the next panel comes into L2 next, and
+  int64_t lines;                         // how many cache lines in a step of a product
   float* h;                              // [kScanRows + a block of dots][kPanel] products
 };
 
@@ -59,6 +61,7 @@ inline void load_panel(const EncodeArgs& a, int64_t first, int64_t width, Panel*
   const int64_t steps = (a.D + 31) / 32;
   if (a.weight_tiles) {
     p->tiles = (bf16*)a.weight_tiles + first * steps * 32;
+    p->fetch = (const char*)(p->tiles + a.panel * steps * 32);
     return;
   }
   for (int64_t g = 0; g < padded_to(width, 32); g += 16) {
@@ -127,6 +130,30 @@ void copy_rows(const CopyArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+// Weights are read once, from memory. Rows of a copy follow each other, but too fast for hardware
+// prefetchers: two thirds of the time would be waiting.
+constexpr int64_t kAhead = 4096;
+
+// <d~, w~> of one weight row and X rows of x, `rows` of which exist.
+template <class I, int X>
+inline void byte_dots(const EncodeArgs& a, int64_t n, int64_t rows, const int8_t* w,
+                      const float* scales, bool fetch, float* h) {
+  const int64_t padded = padded_to(a.D, kBytes), blocks = padded / kBytes;
+  const int16_t* x = a.words + n * padded;
+  typename I::Vec sum[X];
+  for (int r = 0; r < X; ++r) sum[r] = I::set1(0);
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (fetch) {
+      __builtin_prefetch(w + b * kBytes + kAhead);
+      __builtin_prefetch(w + b * kBytes + kAhead + 64);
+    }
+    I::template add_bytes<X>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
+  }
+  for (int64_t r = 0; r < min64(X, rows); ++r) {
+    h[r * kPanel] = I::sum(sum[r]) * a.word_scale[n + r];
+  }
+}
+
 // h [rows, kPanel] = <d~, w~>; rows share the weights' expansion.
 template <class I>
 inline void byte_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first, int64_t width,
@@ -136,25 +163,15 @@ inline void byte_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t fir
   for (int64_t f = 0; f < width; ++f) {
     const int8_t* w = a.bytes + (first + f) * padded;
     const float* scales = a.scales + (first + f) * blocks;
-    __builtin_prefetch(w + 4 * padded);
     for (int64_t i = 0; i < rows; i += X) {
-      const int16_t* x = a.words + (n + i) * padded;
+      float* out = h + i * kPanel + f;
+      // Missing rows of a block are whatever follows: words has room for three more.
       if (rows - i == 1) {
-        typename I::Vec sum[1] = {I::set1(0)};
-        for (int64_t b = 0; b < blocks; ++b) {
-          I::template add_bytes<1>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
-        }
-        h[i * kPanel + f] = I::sum(sum[0]) * a.word_scale[n + i];
-        continue;
-      }
-      // Missing rows repeat the last one's address range: words has room for three more.
-      typename I::Vec sum[X];
-      for (int r = 0; r < X; ++r) sum[r] = I::set1(0);
-      for (int64_t b = 0; b < blocks; ++b) {
-        I::template add_bytes<X>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
-      }
-      for (int64_t r = 0; r < min64(X, rows - i); ++r) {
-        h[(i + r) * kPanel + f] = I::sum(sum[r]) * a.word_scale[n + i + r];
+        byte_dots<I, 1>(a, n + i, 1, w, scales, i == 0, out);
+      } else if (rows - i == 2) {
+        byte_dots<I, 2>(a, n + i, 2, w, scales, i == 0, out);
+      } else {
+        byte_dots<I, X>(a, n + i, rows - i, w, scales, i == 0, out);
       }
     }
   }

@@ -14,6 +14,8 @@
   {name,                         \
    topk_rows<I>,                 \
    decode_rows<I>,               \
+   decode_sort<I>,               \
+   decode_blocks<I>,             \
    gather_dot_rows<I>,           \
    sparse_outer_features<I>,     \
    code_gradients<I>,            \

@@ -14,7 +14,8 @@ from fastsae.ops import csr, extension, screens
 from fastsae.ops.reference import full_precision
 
 TILE_ROWS = 8  # more rows are screened in AMX tiles where there are any,
-BYTE_ROWS = 16  # and more than these by fp32 products elsewhere; fewer by an int8 copy of W
+BYTE_ROWS = 16  # and more than these by fp32 products elsewhere; fewer by an int8 copy of W, which
+# pays here too where tiles of narrower weights would have to be packed at every call
 DENSE_SHARE = 5  # from k = F / 5 on all fp32 dots, side by side, cost less than those of a screen
 CANDIDATES = 512  # entries of a candidate list, at least; rows with more compute every dot
 WORKSPACE = 44 << 20  # bytes that encoding may use for a tile of rows
@@ -107,8 +108,8 @@ def _screened(run, x: Tensor, W: Tensor, b_dec: Tensor | None) -> tuple[Tensor, 
     """
     n, tiles = x.shape[0], isa() == "amx"
     many, found = n > (TILE_ROWS if tiles else BYTE_ROWS), None
-    if tiles and many:
-        found = screens.find(W, "bf16") if W.dtype == torch.float32 else None
+    if tiles and many and W.dtype == torch.float32:
+        found = screens.find(W, "bf16")
     elif 0 < n <= BYTE_ROWS:
         found = screens.find(W, "int8")
     if found is not None:

@@ -254,21 +254,6 @@ def test_a_hot_feature_and_an_unused_one(threads, isa, same):
     same(results[0], results[2])
 
 
-def test_weights_read_many_times_are_packed(threads, dtype, isa):
-    """Few features, many rows: slices of columns are copied first. A row alone never is."""
-    n, k, f, d = 210, 64, 300, 900
-    values, indices = torch.randn(n, k), torch.randint(0, f, (n, k), dtype=torch.int32)
-    values[:, ::3] = 0
-    W, b = torch.randn(f, d).to(dtype), torch.randn(d)
-    W[0] = math.nan
-    values[indices == 0] = 0
-    alone = torch.cat([native.decode(values[[i]], indices[[i]], W, b) for i in range(n)])
-    assert torch.isfinite(alone).all()
-    for count in (1, 2, 7):
-        threads(count)
-        assert torch.equal(native.decode(values, indices, W, b), alone)
-
-
 def test_outputs_on_large_pages():
     """Above 16 MB the pages of dW are asked for in another way."""
     n, f, d = 50, 9000, 512

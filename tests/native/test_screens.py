@@ -85,7 +85,7 @@ def copies(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["normal", "massive"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 3, 8, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 40])
 def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind, same):
     s = encode_sample(n=n, d=83, f=2011, kind=kind)
     W = s.W_enc.to(weights)
@@ -102,9 +102,40 @@ def test_copies_give_the_same_bits(encode_sample, copies, isa, n, weights, kind,
     for _ in range(3):
         same(run(), wanted)
     tiles = isa == "amx" and weights == torch.float32 and n > native.TILE_ROWS
-    few = n <= (native.TILE_ROWS if isa == "amx" else native.BYTE_ROWS)
-    made = "bf16" if tiles else "int8" if few else None
+    made = "bf16" if tiles else "int8" if n <= native.BYTE_ROWS else None
     assert copies.total_bytes() == (copies.size(W, made) + 4 * 83 if made else 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+@pytest.mark.parametrize("d,f", [(300, 1892), (1056, 300)])
+def test_depth_in_parts_gives_the_same_bits(encode_sample, copies, isa, n, d, f, monkeypatch, same):
+    """Tiles multiply 256 columns at a time where panels are wide; bytes have a scale per 128."""
+    s = encode_sample(n=n, d=d, f=f, kind="massive")
+
+    def run():
+        topk = native.encode_topk(s.x, s.W_enc, s.b_enc, 17, s.b_dec)
+        return [*topk, *native.encode_threshold(s.x, s.W_enc, s.b_enc, s.threshold, s.b_dec)]
+
+    got = [run() for _ in range(3)]
+    monkeypatch.setattr(native, "TILE_ROWS", 99)
+    monkeypatch.setattr(native, "BYTE_ROWS", 99)
+    monkeypatch.setattr(native, "DENSE_SHARE", f)
+    for one in got:
+        same(one, run())
+
+
+def test_rows_shared_out_between_threads_give_the_same_bits(encode_sample, copies, threads, same):
+    """Many rows and a copy: every thread meets all features with rows of its own."""
+    s = encode_sample(n=150, d=7001, f=700)
+    threads(2)
+    wanted = native.encode_topk(s.x[:1], s.W_enc, s.b_enc, 17, s.b_dec)
+    runs = []
+    for count in (1, 2, 2, 7):  # 7 threads have too few rows each, and share the features instead
+        threads(count)
+        topk = native.encode_topk(s.x, s.W_enc, s.b_enc, 17, s.b_dec)
+        runs.append([*topk, *native.encode_threshold(s.x, s.W_enc, s.b_enc, s.threshold, s.b_dec)])
+        same([part[:1] for part in topk], wanted)
+        same(runs[-1], runs[0])
 
 
 @pytest.mark.parametrize("n", [2, 40])
