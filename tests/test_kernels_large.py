@@ -19,8 +19,6 @@ pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    from triton.runtime import interpreter
-
     from fastsae.kernels import (
         decode,
         encode_threshold,
@@ -33,6 +31,7 @@ if INTERPRETING:
         steer,
         topk,
     )
+    from triton.runtime import interpreter
 
 
 def test_in_the_interpreter():
