@@ -8,6 +8,9 @@ TRITON_INTERPRET=1. FASTSAE_BACKEND narrows them to one backend.
 
 import contextlib
 import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -375,3 +378,22 @@ def count_compiles():
 
     yield compiles
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def run_again():
+    """run_again(__file__): all tests of a file in a process whose Triton interprets."""
+
+    def run(file: str, timeout: float = 600) -> None:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return  # the other tests of the file are running in this very process
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        environment = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+        told = {"capture_output": True, "text": True, "timeout": timeout}
+        root = Path(__file__).parent.parent
+        result = subprocess.run(command, env=environment, cwd=root, **told)
+        if "only 0-dimensional arrays can be converted" in result.stdout:
+            pytest.skip("the interpreter of this Triton does not work with this numpy: < 2.4")
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return run

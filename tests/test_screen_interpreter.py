@@ -5,9 +5,6 @@ the file again in a process that has it.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,24 +30,8 @@ if INTERPRETING:
     )
 
 
-def test_in_the_interpreter():
-    if INTERPRETING:
-        return  # the tests below are running in this very process
-    environment = dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    if "only 0-dimensional arrays can be converted" in result.stdout:
-        pytest.skip(
-            "the interpreter of this Triton does not work with this numpy (3.6 needs < 2.4)"
-        )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_in_the_interpreter(run_again):
+    run_again(__file__, timeout=1200)
 
 
 def same(got, wanted):
