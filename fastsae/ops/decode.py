@@ -23,8 +23,8 @@ def decode(
     values [..., K], indices [..., K] int32 or int64 in [0, F), W_dec [F, D], b_dec [D] or None.
     Returns [..., D] of the promoted dtype of values and W_dec; sums are fp32 (fp64 for fp64).
     Entries with value 0 are skipped, so padding never meets the weights; an index outside [0, F)
-    raises. Indices may repeat: their terms add up. Compiled for
-    the CPU, they do so by ascending index, so a row's bits do not depend on its batch.
+    raises. Indices may repeat: their terms add up. Compiled for the CPU, terms add up by ascending
+    index, so a row's bits do not depend on its batch.
 
     Gradients: values, W_dec (dense [F, D], deterministic) and b_dec; [N, K, D] is never stored.
     Cost: N·K·D·itemsize bytes of gathered rows.

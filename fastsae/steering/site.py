@@ -91,6 +91,7 @@ class Site:
         self.forwards: Tensor | None = None  # [1, 1] that applied a required policy, ever
         self.output = Output()
         self.nobody = self.no_slot = None  # [1, 1] zeros for tokens that are not steered
+        self.one: Tensor | None = None
 
     @property
     def required(self) -> list[Policy]:
@@ -135,7 +136,9 @@ class Site:
         self.has_policy = self._fill(self.has_policy, has_policy, torch.int64)  # 0 or 1
         self.counts = self._fill(self.counts, [0] * len(has_policy), torch.int64)
         if self.forwards is None:
-            self.forwards, self.nobody = (self._fill(None, [0], torch.int64) for _ in range(2))
+            self.forwards, self.nobody, self.one = (
+                self._fill(None, [number], torch.int64) for number in (0, 0, 1)
+            )
             self.no_slot = self._fill(None, [0], torch.int32)
         self.largest_dose = 0.0
         self.strengths = self._fill(self.strengths, rows.strengths, torch.float32)
@@ -223,7 +226,7 @@ class Site:
             out = tokens.steered(self, residual, where)
             if out is not None:
                 if self.demanded:
-                    self.forwards.add_(1)
+                    self.forwards.add_(self.one)  # of a number torch would make a tensor
                 return out
         chosen = where.steered(residual, self.first_token)  # a buffer: good for this call only
         if self.phased:

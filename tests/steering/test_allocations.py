@@ -74,9 +74,11 @@ def test_an_idle_hook_allocates_nothing(token, rows):
 
 @pytest.mark.parametrize("features", [1, 64])
 @pytest.mark.parametrize("phase", ["all", "generated"])
-def test_a_token_allocates_nothing_after_the_first(token, features, phase):
+@pytest.mark.parametrize("required", [False, True])
+def test_a_token_allocates_nothing_after_the_first(token, features, phase, required):
     handle, call = token
-    policies = [Policy(add(range(features), 1.0 + i), phase=phase) for i in range(ROWS)]
+    options = {"phase": phase, "required": required}
+    policies = [Policy(add(range(features), 1.0 + i), **options) for i in range(ROWS)]
     policies[1] = Policy(add(range(features), 3.0), gate=gate(range(features)))
     handle.set(policies)
     assert OUTPUT_BYTES in allocations(call)
