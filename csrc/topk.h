@@ -60,21 +60,36 @@ inline int32_t kth_key(const int32_t* keys, int64_t n, int64_t k, int64_t slack 
   return (int32_t)lo;
 }
 
-// Maxima of the 16 lanes of every block; returns whether the row holds a NaN.
-template <class I>
-inline bool block_maxima(const float* row, int64_t F, float* maxima) {
+// Maxima of the 16 lanes of every block; returns whether the row holds a NaN. Four parts of the row
+// are read side by side and fetched 1 KB ahead: one stream does not fill the memory's pipe. Between
+// the blocks `meanwhile(begin, end)` has the processor, for a range of the row's columns each.
+template <class I, class Meanwhile>
+inline bool block_maxima(const float* row, int64_t F, float* maxima, Meanwhile meanwhile) {
+  constexpr int kParts = 4;
+  const int64_t part = F / (kParts * kBlock) * kBlock;
   const float lowest = -__builtin_inff();
   uint32_t nan = 0;
-  for (int64_t begin = 0; begin < F; begin += kBlock) {
+  for (int64_t b = 0; b < part; b += kBlock) {
+    typename I::Vec best[kParts];
+    for (int p = 0; p < kParts; ++p) best[p] = I::set1(lowest);
+    for (int64_t j = b; j < b + kBlock; j += 32) {
+      for (int p = 0; p < kParts; ++p) {
+        const float* at = row + p * part + j;
+        __builtin_prefetch(at + 256);
+        __builtin_prefetch(at + 272);
+        const typename I::Vec a = I::load(at), c = I::load(at + 16);
+        nan |= I::unordered(a, c);
+        best[p] = I::max(I::max(a, c), best[p]);
+      }
+    }
+    for (int p = 0; p < kParts; ++p) I::store(maxima + (p * part + b) / 16, best[p]);
+    meanwhile(kParts * b, kParts * (b + kBlock));
+  }
+  meanwhile(kParts * part, F);
+  for (int64_t begin = kParts * part; begin < F; begin += kBlock) {
     typename I::Vec best = I::set1(lowest);
     const int64_t end = min64(begin + kBlock, F);
-    int64_t j = begin;
-    for (; j + 32 <= end; j += 32) {
-      const typename I::Vec a = I::load(row + j), b = I::load(row + j + 16);
-      nan |= I::unordered(a, b);
-      best = I::max(I::max(a, b), best);
-    }
-    for (; j < end; j += 16) {
+    for (int64_t j = begin; j < end; j += 16) {
       const int rest = (int)min64(16, end - j);
       const typename I::Vec a = rest == 16 ? I::load(row + j) : I::load_n(row + j, rest, lowest);
       nan |= I::unordered(a, a);
@@ -103,24 +118,6 @@ inline float maxima_bound(const float* maxima, int64_t blocks, int64_t k, int32_
     for (int l = 0; l < 16; ++l) keys[n + l] = order_key(lane[l]);
   }
   return key_to_float(kth_key<I>(keys, n, k));
-}
-
-// Calls visit(j, vector, valid lanes) for every vector of the blocks in which a maximum reaches t.
-template <class I, class Visit>
-inline void visit_blocks(const float* row, int64_t F, const float* maxima, float t, Visit visit) {
-  const typename I::Vec limit = I::set1(t);
-  for (int64_t begin = 0; begin < F; begin += kBlock) {
-    if (!I::ge(I::load(maxima + begin / 16), limit)) continue;
-    const int64_t end = min64(begin + kBlock, F);
-    for (int64_t j = begin; j < end; j += 16) {
-      const int rest = (int)min64(16, end - j);
-      if (rest == 16) {
-        visit(j, I::load(row + j), 0xffffu);
-      } else {
-        visit(j, I::load_n(row + j, rest, 0.0f), (1u << rest) - 1);
-      }
-    }
-  }
 }
 
 // Keeps exactly min(k, n) of n listed columns: the largest keys, ties to the lower position in the
@@ -196,58 +193,122 @@ inline void select_by_keys(const float* row, int64_t F, int64_t k, const SelectS
   for (int64_t i = 0; above < k; ++i, ++above) s.greater[above] = s.equal[i];
 }
 
-// The k largest of a row without NaN through its block maxima; returns how many were found: k, or
-// fewer if NaN lanes hid some of them.
+// The k largest of a row without NaN through its block maxima, in steps.
 template <class I>
-inline int64_t select_by_maxima(const float* row, int64_t F, int64_t k, const SelectScratch& s) {
-  const float t = maxima_bound<I>(s.maxima, block_count(F), k, s.keys);
-  const typename I::Vec limit = I::set1(t);
-  int64_t above = 0, ties = 0;
-  visit_blocks<I>(row, F, s.maxima, t, [&](int64_t j, typename I::Vec v, uint32_t valid) {
-    above += I::compress(s.greater + above, I::gt(v, limit) & valid, (int32_t)j);
-    if (ties < k) ties += I::compress(s.equal + ties, I::eq(v, limit) & valid, (int32_t)j);
-  });
-  for (int64_t i = 0; i < above; ++i) s.keys[i] = order_key(row[s.greater[i]]);
-  above = reduce_to_k<I>(s.greater, s.keys, above, k, s.equal + min64(ties, k));
-  for (int64_t i = 0; above < k && i < ties; ++i, ++above) s.greater[above] = s.equal[i];
-  return above;
-}
+struct Selection {
+  const float* row = nullptr;  // null: none under way
+  float* maxima;
+  float bound;
+  int64_t above, ties;
+
+  inline void begin(const float* r, int64_t F, int64_t k, float* m, const SelectScratch& s) {
+    row = r;
+    maxima = m;
+    bound = maxima_bound<I>(m, block_count(F), k, s.keys);
+    above = ties = 0;
+  }
+  // Lists the columns [begin, end) that reach the bound; `begin` starts a block.
+  inline void look(int64_t begin, int64_t end, int64_t k, const SelectScratch& s) {
+    const typename I::Vec limit = I::set1(bound);
+    for (; begin < end; begin += kBlock) {
+      if (!I::ge(I::load(maxima + begin / 16), limit)) continue;
+      const int64_t stop = min64(begin + kBlock, end);
+      for (int64_t quarter = begin; quarter < stop; quarter += 64) {
+        uint32_t any = quarter + 64 > stop;
+        for (int64_t j = quarter; j < quarter + 64 && quarter + 64 <= stop; j += 16) {
+          any |= I::ge(I::load(row + j), limit);
+        }
+        if (any) list(quarter, min64(quarter + 64, stop), k, s);
+      }
+    }
+  }
+  inline void list(int64_t begin, int64_t end, int64_t k, const SelectScratch& s) {
+    const typename I::Vec limit = I::set1(bound);
+    for (int64_t j = begin; j < end; j += 16) {
+      const int rest = (int)min64(16, end - j);
+      const uint32_t valid = (1u << rest) - 1;
+      const typename I::Vec v = rest == 16 ? I::load(row + j) : I::load_n(row + j, rest, 0.0f);
+      above += I::compress(s.greater + above, I::gt(v, limit) & valid, (int32_t)j);
+      if (ties < k) ties += I::compress(s.equal + ties, I::eq(v, limit) & valid, (int32_t)j);
+    }
+  }
+  // Leaves the columns in s.greater, ascending within equal values.
+  inline void end(int64_t k, const SelectScratch& s) {
+    for (int64_t i = 0; i < above; ++i) s.keys[i] = order_key(row[s.greater[i]]);
+    above = reduce_to_k<I>(s.greater, s.keys, above, k, s.equal + min64(ties, k));
+    for (int64_t i = 0; above < k && i < ties; ++i, ++above) s.greater[above] = s.equal[i];
+    row = nullptr;
+  }
+};
 
 inline bool maxima_pay(int64_t F, int64_t k) { return 2 * k <= block_count(F) * 16 && F >= 512; }
+
+// Columns in s.greater, which are the k largest, by descending value; NaN above +inf.
+inline void sort_selected(const float* row, int64_t k, const SelectScratch& s) {
+  for (int64_t i = 0; i < k; ++i) s.keys[i] = order_key(row[s.greater[i]]);
+  sort_by_key(s.greater, s.keys, k, s.packed);
+}
 
 // Columns of the k largest, sorted: descending, ties to the lower column, NaN above +inf.
 // They are left in s.greater.
 template <class I>
 inline void select_topk(const float* row, int64_t F, int64_t k, const SelectScratch& s) {
-  if (maxima_pay(F, k) && !block_maxima<I>(row, F, s.maxima)) {
-    select_by_maxima<I>(row, F, k, s);
+  if (maxima_pay(F, k) && !block_maxima<I>(row, F, s.maxima, [](int64_t, int64_t) {})) {
+    Selection<I> selection;
+    selection.begin(row, F, k, s.maxima, s);
+    selection.look(0, F, k, s);
+    selection.end(k, s);
   } else {
     select_by_keys<I>(row, F, k, s);
   }
-  for (int64_t i = 0; i < k; ++i) s.keys[i] = order_key(row[s.greater[i]]);
-  sort_by_key(s.greater, s.keys, k, s.packed);
+  sort_selected(row, k, s);
 }
 
 template <class I, class T>
 inline void topk_typed(const TopkArgs& a, int64_t begin, int64_t end) {
   const T* x = (const T*)a.x;
   T* values = (T*)a.values;
-  Memory memory(select_bytes(a.F) + 4 * a.F);
+  const bool wide = sizeof(T) == sizeof(float), pays = maxima_pay(a.F, a.k);
+  const int64_t maxima = block_count(a.F) * 16, widened = wide ? 0 : a.F;
+  Memory memory(select_bytes(a.F) + 4 * (maxima + 2 * widened));
   const SelectScratch s = select_scratch(memory.data, a.F);
-  float* widened = (float*)(memory.data + select_bytes(a.F));
-  for (int64_t n = begin; n < end; ++n) {
-    const T* row = x + n * a.F;
-    const float* wide = (const float*)row;
-    if (sizeof(T) != sizeof(float)) {
-      widen_row(row, a.F, widened);
-      wide = widened;
-    }
-    select_topk<I>(wide, a.F, a.k, s);
+  float* spare = (float*)(memory.data + select_bytes(a.F));
+  const auto write = [&](int64_t n, const float* row) {
+    sort_selected(row, a.k, s);
     for (int64_t i = 0; i < a.k; ++i) {
       a.indices[n * a.k + i] = s.greater[i];
-      values[n * a.k + i] = row[s.greater[i]];
+      values[n * a.k + i] = x[n * a.F + s.greater[i]];
+    }
+  };
+  Selection<I> last;  // of the row before: its steps come between the reads of the row
+  const auto finish = [&](int64_t n) {
+    if (!last.row) return;
+    const float* row = last.row;
+    last.end(a.k, s);
+    write(n, row);
+  };
+  for (int64_t n = begin; n < end; ++n) {
+    const float* row = (const float*)(x + n * a.F);
+    if (!wide) {
+      float* copy = spare + maxima + n % 2 * widened;
+      widen_row(x + n * a.F, a.F, copy);
+      row = copy;
+    }
+    float* own = n % 2 ? spare : s.maxima;
+    const auto meanwhile = [&](int64_t from, int64_t to) {
+      if (last.row) last.look(from, to, a.k, s);
+    };
+    const bool nan = pays && block_maxima<I>(row, a.F, own, meanwhile);
+    finish(n - 1);
+    if (pays && !nan) {
+      last.begin(row, a.F, a.k, own, s);
+    } else {
+      select_by_keys<I>(row, a.F, a.k, s);
+      write(n, row);
     }
   }
+  if (last.row) last.look(0, a.F, a.k, s);
+  finish(end - 1);
 }
 
 template <class I>
