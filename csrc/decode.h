@@ -22,29 +22,34 @@ inline void write_row(const float* in, int64_t n, DType type, void* out, int64_t
   }
 }
 
-// sum[j] += Σ_r v[r]·w[r][j], the terms of a column one after the other; meanwhile the R rows at
-// `next` come into the cache, because no prefetcher guesses where the next indices point.
+// sum[j] += Σ_r v[r]·w[r][j], the terms of a column one after the other. What is added 1 KB later
+// comes into the cache meanwhile: the rows' own columns, then those of the R rows at `next`, because
+// no prefetcher guesses where the next indices point.
 template <class I, int R, class T>
 inline void add_rows(float* sum, const float* v, const T* const* w, int64_t n,
                      const T* const* next = nullptr) {
+  constexpr int64_t kAhead = 1024 / sizeof(T);
   typename I::Vec scale[R];
   for (int r = 0; r < R; ++r) scale[r] = I::set1(v[r]);
   int64_t j = 0;
-  for (; j + 32 <= n; j += 32) {
-    typename I::Vec a = I::load(sum + j), b = I::load(sum + j + 16);
-    if (next) {
+  const auto add = [&](int64_t end, const T* const* rows, int64_t first) {
+    for (; j + 32 <= end; j += 32) {
+      typename I::Vec a = I::load(sum + j), b = I::load(sum + j + 16);
       for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(next[r] + j);
-        if (sizeof(T) == 4) __builtin_prefetch(next[r] + j + 16);
+        __builtin_prefetch(rows[r] + (j - first));
+        if (sizeof(T) == 4) __builtin_prefetch(rows[r] + (j - first) + 16);
       }
+      for (int r = 0; r < R; ++r) {
+        a = I::fma(scale[r], I::load(w[r] + j), a);
+        b = I::fma(scale[r], I::load(w[r] + j + 16), b);
+      }
+      I::store(sum + j, a);
+      I::store(sum + j + 16, b);
     }
-    for (int r = 0; r < R; ++r) {
-      a = I::fma(scale[r], I::load(w[r] + j), a);
-      b = I::fma(scale[r], I::load(w[r] + j + 16), b);
-    }
-    I::store(sum + j, a);
-    I::store(sum + j + 16, b);
-  }
+  };
+  const int64_t own = max64(0, n - kAhead) / 32 * 32;
+  add(own, w, -kAhead);
+  add(n, next ? next : w, own);
   for (; j < n; j += 16) {
     const int rest = (int)min64(16, n - j);
     typename I::Vec a = I::load_n(sum + j, rest, 0.0f);
@@ -69,7 +74,7 @@ inline void add_indexed(float* sum, const float* v, const int32_t* index, int64_
       rows[r] = W + (int64_t)index[i + r] * stride;
       next[r] = W + (int64_t)index[min64(i + kRows + r, count - 1)] * stride;
     }
-    add_rows<I, kRows>(sum, v + i, rows, n, i + kRows < count ? next : nullptr);
+    add_rows<I, kRows>(sum, v + i, rows, n, next);
   }
   for (; i < count; ++i) {
     const T* row = W + (int64_t)index[i] * stride;

@@ -25,34 +25,6 @@ ResidualArgs residual_args(const Tensor& hidden, const std::optional<Tensor>& re
   return a;
 }
 
-// As make(), which asks the dispatcher: five of those are half the cost of a call for a few rows.
-Tensor make_fast(ScalarType type, std::vector<int64_t> size) {
-  std::vector<int64_t> strides(size.size(), 1);
-  if (size.size() == 2) strides[0] = size[1];
-  int32_t code;
-  switch (type) {
-    case ScalarType::Int:
-      code = aoti_torch_dtype_int32();
-      break;
-    case ScalarType::Long:
-      code = aoti_torch_dtype_int64();
-      break;
-    case ScalarType::BFloat16:
-      code = aoti_torch_dtype_bfloat16();
-      break;
-    case ScalarType::Half:
-      code = aoti_torch_dtype_float16();
-      break;
-    default:
-      code = aoti_torch_dtype_float32();
-  }
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)size.size(), size.data(),
-                                                         strides.data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
-}
-
 // slots, strengths, finish and watched hold an entry for each row of hidden and may hold more. Of
 // the rows that have a slot or a finish: x, which they are, and their entries of the other three.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_rows(
@@ -70,11 +42,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_rows(
   const auto chosen = [&](int64_t n) { return slot[n] != 0 || (last && last[n] != 0); };
   int64_t rows = 0;
   for (int64_t n = 0; n < N; ++n) rows += chosen(n);
-  Tensor x = make_fast(hidden.scalar_type(), {rows, a.D});
-  Tensor index = make_fast(ScalarType::Long, {rows});
-  Tensor my_slots = make_fast(ScalarType::Int, {rows});
-  Tensor my_watch = make_fast(ScalarType::Int, {rows});
-  Tensor my_strengths = make_fast(ScalarType::Float, {rows});
+  Tensor x = make({rows, a.D}, hidden.scalar_type());
+  Tensor index = make({rows}, ScalarType::Long);
+  Tensor my_slots = make({rows}, ScalarType::Int);
+  Tensor my_watch = make({rows}, ScalarType::Int);
+  Tensor my_strengths = make({rows}, ScalarType::Float);
   int64_t* at = (int64_t*)index.mutable_data_ptr();
   int32_t* to_slot = (int32_t*)my_slots.mutable_data_ptr();
   int32_t* to_watch = (int32_t*)my_watch.mutable_data_ptr();

@@ -47,17 +47,6 @@ SteerTableArgs table_args(const std::vector<Tensor>& table, int64_t D) {
   return t;
 }
 
-// An empty tensor like x, which is contiguous. torch::stable::empty would ask the dispatcher, at a
-// tenth of the cost of an idle call.
-Tensor make_like(const Tensor& x) {
-  int32_t type;
-  AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      x.dim(), x.sizes().data(), x.strides().data(), type, aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
-}
-
 // The n entries of a contiguous tensor of one type.
 template <class T>
 const T* of(const Tensor& t, const char* name, ScalarType type, int64_t n) {
@@ -98,7 +87,7 @@ Tensor steer_rows(const Tensor& x, const Tensor& slots, const Tensor& strengths,
   }
   s.D = D;
   check_range(s.slots, slots.numel(), table[4].size(0), "slots");
-  Tensor out = make_like(x);
+  Tensor out = make(x.sizes().data(), (size_t)x.dim(), x.scalar_type());
   run(s, slots.numel(), table, x, out);
   return out;
 }
