@@ -212,7 +212,7 @@ def test_column_sums_stay_within_their_buffers(isa, columns):
 
 def test_rows_of_extremes(isa, same):
     """k = 1 and k = F, all equal, one value, -0.0, denormals; F on both sides of every block."""
-    for f in (1, 2, 16, 255, 256, 257, 511, 512, 513, 5000):
+    for f in (1, 2, 16, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 5000):
         x = torch.stack(
             [
                 torch.zeros(f),
@@ -228,6 +228,25 @@ def test_rows_of_extremes(isa, same):
             wanted = reference.topk(x, k)
             same((values, indices), wanted)
             assert torch.equal(values.signbit(), wanted[0].signbit())
+
+
+def test_rows_do_not_mix(threads, isa, dtype, same):
+    """A row's columns are picked out while the next row is read: rows with NaN, ties and infinities
+    stand among others in every order, and each gets what it gets alone."""
+    threads(1)
+    for f in (512, 1023, 1024, 2304, 5000):
+        kinds = torch.randn(9, f)
+        kinds[1::4, f // 3] = math.nan
+        kinds[2] = 1.5
+        kinds[3, ::2] = math.inf
+        kinds[4] = -math.inf
+        for seed in range(4):
+            x = kinds[torch.randperm(9, generator=torch.Generator().manual_seed(seed))].to(dtype)
+            for k in (1, 17, 64, f // 2):
+                got = native.topk(x, k)
+                same(got, reference.topk(x, k))
+                for n in range(9):
+                    same([part[n : n + 1] for part in got], native.topk(x[n : n + 1], k))
 
 
 # --- sparse gradients ---------------------------------------------------------------------------
