@@ -91,19 +91,29 @@ Tensor decode_rows(const Tensor& values, const Tensor& indices, const Tensor& W,
 }
 
 // Whether a row of `dense` has these codes' bits and no other. Codes are few, so most groups of cache
-// lines are zero: an OR of them all, and a count only where it is not. Then the row is in the cache.
+// lines are zero: an OR of them all, and a count only where it is not. Four parts of the row are read
+// side by side, as in block_maxima; then the row is in the cache.
 template <class Bits>
 bool holds_row(const Bits* dense, int64_t F, const Bits* values, const int32_t* indices,
                int64_t K) {
-  constexpr int64_t kLines = 256 / sizeof(Bits), kLine = 64 / sizeof(Bits);
-  constexpr int64_t kAhead = 4096 / sizeof(Bits);  // further than hardware prefetchers look
+  constexpr int64_t kBlock = 256 / sizeof(Bits), kLine = 64 / sizeof(Bits), kParts = 4;
+  constexpr int64_t kAhead = 1024 / sizeof(Bits);
   int64_t left = 0;
-  for (int64_t begin = 0; begin < F; begin += kLines) {
-    const int64_t end = min64(begin + kLines, F);
+  const auto count = [&](int64_t begin, int64_t end) {
     Bits any = 0;
-    for (int64_t f = begin; f < end; f += kLine) __builtin_prefetch(dense + f + kAhead);
     for (int64_t f = begin; f < end; ++f) any |= dense[f];
     for (int64_t f = begin; any && f < end; ++f) left += dense[f] != 0;
+  };
+  const int64_t part = F / (kParts * kBlock) * kBlock;
+  for (int64_t begin = 0; begin < part; begin += kBlock) {
+    for (int64_t p = 0; p < kParts; ++p) {
+      const int64_t at = p * part + begin;
+      for (int64_t f = at; f < at + kBlock; f += kLine) __builtin_prefetch(dense + f + kAhead);
+      count(at, at + kBlock);
+    }
+  }
+  for (int64_t begin = kParts * part; begin < F; begin += kBlock) {
+    count(begin, min64(begin + kBlock, F));
   }
   for (int64_t k = 0; k < K; ++k) {
     if ((Bits)(values[k] << 1) == 0) continue;  // zero of either sign
