@@ -158,7 +158,7 @@ def test_an_edit_between_decode_and_backward_is_torch_s_error():
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("which", ["native", "torch"])
-@pytest.mark.parametrize("f", [1, 31, 200])
+@pytest.mark.parametrize("f", [1, 31, 200, 1300])
 def test_a_dense_tensor_holds_its_codes_and_no_other(kind, which, f, monkeypatch):
     if which == "native":
         monkeypatch.delenv("FASTSAE_BACKEND", raising=False)
@@ -178,7 +178,7 @@ def test_a_dense_tensor_holds_its_codes_and_no_other(kind, which, f, monkeypatch
             dense[n, indices[n, j]] = values[n, j]
     assert holds_codes(dense, values, indices)
     for n in range(5):
-        for column in range(f):
+        for column in range(0, f, 13 if f > 200 else 1):
             old = dense[n, column].clone()
             for new in (7.0, -0.0, math.inf):
                 dense[n, column] = new
