@@ -130,27 +130,53 @@ void copy_rows(const CopyArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Weights are read once, from memory. Rows of a copy follow each other, but too fast for hardware
-// prefetchers: two thirds of the time would be waiting.
-constexpr int64_t kAhead = 4096;
+// Weights are read once, from memory: kStreams rows side by side, each fetched kAhead bytes ahead,
+// since one stream does not fill the memory's pipe.
+constexpr int64_t kAhead = 4096, kStreams = 4;
 
-// <d~, w~> of one weight row and X rows of x, `rows` of which exist.
-template <class I, int X>
-inline void byte_dots(const EncodeArgs& a, int64_t n, int64_t rows, const int8_t* w,
-                      const float* scales, bool fetch, float* h) {
+// <d~, w~> of S weight rows, `apart` features from each other, and X rows of x, `rows` of which
+// exist.
+template <class I, int X, int S>
+inline void byte_dots(const EncodeArgs& a, int64_t n, int64_t rows, int64_t feature, int64_t apart,
+                      bool fetch, float* h) {
   const int64_t padded = padded_to(a.D, kBytes), blocks = padded / kBytes;
+  const int8_t* w = a.bytes + feature * padded;
+  const float* scales = a.scales + feature * blocks;
   const int16_t* x = a.words + n * padded;
-  typename I::Vec sum[X];
-  for (int r = 0; r < X; ++r) sum[r] = I::set1(0);
+  typename I::Vec sum[S][X];
+  for (int s = 0; s < S; ++s)
+    for (int r = 0; r < X; ++r) sum[s][r] = I::set1(0);
   for (int64_t b = 0; b < blocks; ++b) {
-    if (fetch) {
-      __builtin_prefetch(w + b * kBytes + kAhead);
-      __builtin_prefetch(w + b * kBytes + kAhead + 64);
+    for (int s = 0; s < S; ++s) {
+      const int8_t* at = w + s * apart * padded + b * kBytes;
+      if (fetch) {
+        __builtin_prefetch(at + kAhead);
+        __builtin_prefetch(at + kAhead + 64);
+      }
+      I::template add_bytes<X>(at, scales[s * apart * blocks + b], x + b * kBytes, padded, sum[s]);
     }
-    I::template add_bytes<X>(w + b * kBytes, scales[b], x + b * kBytes, padded, sum);
   }
-  for (int64_t r = 0; r < min64(X, rows); ++r) {
-    h[r * kPanel] = I::sum(sum[r]) * a.word_scale[n + r];
+  for (int s = 0; s < S; ++s) {
+    for (int64_t r = 0; r < min64(X, rows); ++r) {
+      h[r * kPanel + s * apart] = I::sum(sum[s][r]) * a.word_scale[n + r];
+    }
+  }
+}
+
+template <class I, int S>
+inline void byte_rows_of(const EncodeArgs& a, int64_t n, int64_t rows, int64_t feature,
+                         int64_t apart, float* h) {
+  constexpr int64_t X = 4;
+  for (int64_t i = 0; i < rows; i += X) {
+    float* out = h + i * kPanel;
+    // Missing rows of a block are whatever follows: words has room for three more.
+    if (rows - i == 1) {
+      byte_dots<I, 1, S>(a, n + i, 1, feature, apart, i == 0, out);
+    } else if (rows - i == 2) {
+      byte_dots<I, 2, S>(a, n + i, 2, feature, apart, i == 0, out);
+    } else {
+      byte_dots<I, X, S>(a, n + i, rows - i, feature, apart, i == 0, out);
+    }
   }
 }
 
@@ -158,22 +184,13 @@ inline void byte_dots(const EncodeArgs& a, int64_t n, int64_t rows, const int8_t
 template <class I>
 inline void byte_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first, int64_t width,
                        float* h) {
-  constexpr int64_t X = 4;
-  const int64_t padded = padded_to(a.D, kBytes), blocks = padded / kBytes;
-  for (int64_t f = 0; f < width; ++f) {
-    const int8_t* w = a.bytes + (first + f) * padded;
-    const float* scales = a.scales + (first + f) * blocks;
-    for (int64_t i = 0; i < rows; i += X) {
-      float* out = h + i * kPanel + f;
-      // Missing rows of a block are whatever follows: words has room for three more.
-      if (rows - i == 1) {
-        byte_dots<I, 1>(a, n + i, 1, w, scales, i == 0, out);
-      } else if (rows - i == 2) {
-        byte_dots<I, 2>(a, n + i, 2, w, scales, i == 0, out);
-      } else {
-        byte_dots<I, X>(a, n + i, rows - i, w, scales, i == 0, out);
-      }
-    }
+  // Sixteen registers hold the sums of several weight rows for one row of x only.
+  const int64_t apart = rows == 1 || I::kBlockX > 1 ? width / kStreams : 0;
+  for (int64_t f = 0; f < apart; ++f) {
+    byte_rows_of<I, kStreams>(a, n, rows, first + f, apart, h + f);
+  }
+  for (int64_t f = apart * kStreams; f < width; ++f) {
+    byte_rows_of<I, 1>(a, n, rows, first + f, 0, h + f);
   }
 }
 
