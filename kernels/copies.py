@@ -95,7 +95,10 @@ def ordinary(tensors: tuple[Tensor, ...]) -> bool:
 def of(
     W: Tensor, kind: str, make: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[tuple[Tensor, ...], bool]:
-    """(the copy of that kind of W, whether it is of an earlier call); else it is made.
+    """(the copy of that kind of W, kept or made now; whether W is compared with it before its use).
+
+    All copies of weights that are kept at all are compared, new ones too: a captured call can load
+    no kernel, so it must launch the same ones as the calls before it, whichever it is of them.
 
     The last tensor of a copy is int32 [1]; not 0 asks the next call to make the copy anew.
     """
@@ -120,13 +123,13 @@ def of(
             while len(_seen) >= REMEMBERED:
                 del _seen[next(iter(_seen))]
             _seen[key] = _Weights(StorageWeakRef(storage), W._version)
-            return make(), False
+            return make(), True
         _seen[key] = weights
         if kind not in weights.copies:
             made = make()
             if not capture and ordinary(made):
                 weights.copies[kind] = _Copy(made)
-            return made, False
+            return made, True
         if capture:
             # torch.cuda.graph synchronises the device before it captures: the copy is ready.
             tensors = weights.copies[kind].tensors

@@ -114,7 +114,7 @@ class Weights(NamedTuple):
     centre: Tensor  # c [D], or empty: 0
     stale: Tensor  # int32 [1]: not 0 makes the next call make the copy anew
     kind: str  # "bf16", "int8", or "same": `copy` is W itself
-    kept: bool  # from an earlier call: the weights may have changed since
+    kept: bool  # perhaps from an earlier call: the weights may have changed since
 
 
 class Features(NamedTuple):

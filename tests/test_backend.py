@@ -1,5 +1,6 @@
 """Which backend serves an op, and what is said when one cannot."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, ops
-from fastsae.ops import BackendError, backend, extension
+from fastsae.ops import BackendError, backend, extension, schema
 from fastsae.ops.reference import full_precision
 
 
@@ -152,6 +153,21 @@ def test_full_precision_is_shared_by_threads(process_mode):
 def test_an_unknown_op_is_an_error(fresh):
     with pytest.raises(ValueError, match="op: got 'sort', accepted are topk"):
         backend.unavailable("sort", "reference", "cpu")
+
+
+def test_a_leaf_in_triton_runs_on_the_device_of_its_tensors(monkeypatch):
+    current = []
+
+    @contextlib.contextmanager
+    def device(which):
+        current.append(which)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(backend, "kernel", lambda stem, name: lambda *tensors: list(current))
+    values = torch.zeros(1)
+    assert schema._code_gradients(values, *[values] * 4) == [values.device]
 
 
 def test_a_forced_backend_serves_every_call_of_a_new_process():

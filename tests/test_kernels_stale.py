@@ -244,6 +244,33 @@ def test_copies_made_in_inference_mode_reach_a_graph(monkeypatch):
     assert graph.tensors[-1].item() == 1
 
 
+@pytest.mark.parametrize("before", [1, 2, 3])
+def test_a_captured_call_launches_what_the_first_call_did(before, product, monkeypatch):
+    """Kernels are loaded when they are first launched, and that fails while a graph is captured."""
+    launched = set()
+
+    class Recorded:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **flags):
+                launched.add((self.name, *sorted(flags.items())))
+                return self.kernel[grid](*arguments, **flags)
+
+            return launch
+
+    for name in ("_changed_kernel", "_copy_kernel", "_features_kernel", "_rows_kernel"):
+        monkeypatch.setattr(screen, name, Recorded(getattr(screen, name), name))
+    p = Problem()
+    for _ in range(before):
+        p.codes()
+    loaded = set(launched)
+    monkeypatch.setattr(copies, "capturing", lambda device: True)
+    p.codes()
+    assert loaded and launched == loaded
+
+
 def test_what_is_made_under_capture_is_not_kept(monkeypatch):
     p = Problem()
     with monkeypatch.context() as patch:
