@@ -144,7 +144,8 @@ lib.impl("watch_", watch.watch_on_cpu, "CPU")  # elsewhere a graph may fuse what
 
 
 def _code_gradients(values, indices, g, x, W):
-    return backend.kernel("sparse_outer", "code_gradients")(values, indices, g, x, W)
+    with torch.cuda.device(g.device):  # as in backend.call: Triton launches on the current device
+        return backend.kernel("sparse_outer", "code_gradients")(values, indices, g, x, W)
 
 
 lib.impl("_code_gradients", _code_gradients, "CUDA")  # csrc/ has it for the CPU
