@@ -26,7 +26,8 @@ def _add_entry(total, values, indices, W, entry, end, columns, F, D):
     value = tl.where(used & (known == 0), float("nan"), value)
     width = tl.where(used & known, D, 0)
     weights = tl.load(W + row * D + columns, mask=columns < width, other=0.0).to(tl.float32)
-    return total + value * weights
+    # Left to the compiler, some tiles round the product and some do not (sm_100, UNROLL = 32).
+    return tl.fma(value, weights, total)
 
 
 @triton.jit(do_not_specialize=["N", "K", "tokens"])
@@ -202,6 +203,7 @@ def _aot_decode(values: str, weights: str, N: int):
         "tokens": "i32",
     }
     expected = WIDE if N > 16 and values == "fp32" else NARROW
+    expected = {arch: (*texts, "!FMUL") for arch, texts in expected.items()}
     return _decode_kernel, signature, {"HAS_BIAS": True, **config}, options, expected
 
 

@@ -87,7 +87,9 @@ def _steer_kernel(
                 row = tl.load(item_row + item, mask=inside, other=0).to(tl.int64)
                 a = _activations(r, enc, bias, theta, row, inside, columns, D)
                 total += tl.sum(a, axis=0)
-            passes = total / (end - begin).to(tl.float32) >= tl.load(gate_above + slot)
+            # Rounded as on a CPU, not a GPU's approximate quotient: a mean may equal the bound.
+            mean = tl.div_rn(total, (end - begin).to(tl.float32))
+            passes = mean >= tl.load(gate_above + slot)
     if passes:
         r = raw.to(tl.float32)
         strength = tl.load(strengths + n)

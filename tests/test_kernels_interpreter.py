@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from fastsae.ops import SteerTable, reference
+from fastsae.ops import SteerTable, reference, watch
 
 pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -258,6 +258,23 @@ def test_decode_does_not_depend_on_the_batch():
     together = decode.decode(values, indices, W)
     alone = torch.cat([decode.decode(values[i : i + 1], indices[i : i + 1], W) for i in range(20)])
     assert torch.equal(together, alone)
+
+
+def test_watch_of_rows_that_are_not_side_by_side(monkeypatch):
+    """As it runs on a GPU, where the kernel reads x by its number of columns alone."""
+    monkeypatch.setenv("FASTSAE_BACKEND", "triton")
+    slots, wide = torch.tensor([1, 0, 1, 2]).int(), torch.randn(4, 2, 40)
+    r = wide[:, 0] + 1
+    found = []
+    for x in (wide[:, 0], wide[:, 0].clone()):
+        enc, bias = torch.arange(240.0).view(3, 2, 40) / 240, torch.zeros(3, 2)
+        sums, maxima = torch.zeros(3, 6, dtype=torch.float64), torch.zeros(3, 3)
+        above, count = torch.full((3,), -torch.inf), torch.full((3,), 2).int()
+        table = watch.WatchTable(enc, bias, bias, bias, above, count, sums, maxima)
+        watch.watch(x, r, slots, table)
+        found.append((sums, maxima))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert found[0][0][1, 0] == 2 and (found[0][0][1, 4:] > 0).any()
 
 
 def test_sparse_outer_of_hot_features():

@@ -197,12 +197,12 @@ def sparse_outer(values: Tensor, indices: Tensor, g: Tensor, F: int) -> tuple[Te
     order = order[entries[order] != 0]
     for part in order.split(max(1, TILE_BYTES // (g.shape[1] * 8))):
         terms = entries[part, None] * g[token[part]].to(dtype)
-        _add_rows(dW, features[part], terms)
-        _add_rows(db, features[part], entries[part])
+        add_rows(dW, features[part], terms)
+        add_rows(db, features[part], entries[part])
     return dW, db
 
 
-def _add_rows(out: Tensor, rows: Tensor, terms: Tensor) -> None:
+def add_rows(out: Tensor, rows: Tensor, terms: Tensor) -> None:
     """out[rows] += terms in order: index_add_ is atomic on CUDA, index_put_ on the CPU."""
     if out.device.type == "cpu":
         out.index_add_(0, rows, terms)

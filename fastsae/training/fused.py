@@ -101,6 +101,7 @@ def _dense_step(
     for weight, gradient in zip(weights.values(), (dW_enc, db_enc, dW_dec, db_dec), strict=True):
         weight.grad = gradient
     adam.step()
+    torch.autograd.graph.increment_version(list(weights.values()))  # fused Adam does not
     adam.zero_grad()
     W_dec.div_(W_dec.norm(dim=-1, keepdim=True))
 

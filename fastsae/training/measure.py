@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsae.errors import FastsaeError
+from fastsae.ops.reference import add_rows
 from fastsae.sae import SAE, FeatureStats
 
 _ROWS = 4096
@@ -24,8 +25,8 @@ def feature_stats(sae: SAE, batches: Iterable[Tensor]) -> FeatureStats:
         for x in batch.split(_ROWS):
             z = sae.encode(x.to(device).float())
             index, values = z.indices.flatten().long(), z.values.flatten()
-            counts.index_add_(0, index, (values > 0).double())
-            sums.index_add_(0, index, values.double())
+            add_rows(counts, index, (values > 0).double())
+            add_rows(sums, index, values.double())
             peaks.scatter_reduce_(0, index, values, "amax")
             tokens += len(x)
     if not tokens:

@@ -29,6 +29,7 @@ def autograd_step(x: Tensor, weights: dict, adam: torch.optim.Adam, k: int, **op
         radial = torch.linalg.vecdot(rows.grad, rows).unsqueeze(1)
         rows.grad.addcmul_(rows, radial, value=-1)
         adam.step()
+        torch.autograd.graph.increment_version(list(weights.values()))  # fused Adam does not
         rows.div_(rows.norm(dim=-1, keepdim=True))
     return loss
 

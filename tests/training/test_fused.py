@@ -81,9 +81,12 @@ def test_dense_gradients_take_the_same_steps(dead, monkeypatch):
     (rows, x), (dense, _) = made(dead=dead), made(dead=dead)
     wanted = run(rows, x, 3)
     monkeypatch.setattr(fused, "_by_rows", lambda x: False)
+    versions = [w._version for w in dense.weights.values()]
     for found, expected in zip(run(dense, x, 3), wanted, strict=True):
         assert (found - expected).norm() <= 2e-5 * expected.norm()
     assert all(w.grad is None for w in dense.weights.values())
+    # Copies of weights go by it.
+    assert all(w._version > v for w, v in zip(dense.weights.values(), versions, strict=True))
 
 
 def test_steps_are_those_of_torch(isa):
@@ -93,9 +96,12 @@ def test_steps_are_those_of_torch(isa):
     options = {"kind": "fvu", "dead": torch.arange(260, 300), "k_aux": 30}
     for number in range(4):
         for trainer, one_step in ((ours, fused.step), (theirs, autograd_step)):
+            versions = [w._version for w in trainer.weights.values()]
             trainer.adam.param_groups[0]["lr"] = 1e-3
             arguments = x * trainer.scale, trainer.weights, trainer.adam, K
             one_step(*arguments, **options, aux_coefficient=0.1)
+            new = [w._version for w in trainer.weights.values()]
+            assert all(a > b for a, b in zip(new, versions, strict=True))
         for name in ours.weights:
             a, b = ours.weights[name].detach(), theirs.weights[name].detach()
             # Where a gradient is all rounding, Adam still moves a weight by up to lr.
