@@ -5,6 +5,7 @@ import torch
 
 from fastsae import FastsaeError, ops
 from fastsae.ops.backend import BackendError, interpreting
+from fastsae.ops.check import indices as checked_indices
 from fastsae.ops.decode import decode_dense
 
 pytestmark = pytest.mark.op("decode")
@@ -335,6 +336,13 @@ def test_nothing_of_size_n_k_d(decode_sample, largest_allocation, op, device, ba
         "sparse_outer": lambda: ops.sparse_outer(s.values, s.indices, s.g, 200, backend=backend),
     }[op]
     assert largest_allocation(run, device) < 0.4 * n * 64 * 512 * 4
+
+
+def test_an_index_beyond_int32_does_not_wrap_into_range(monkeypatch):
+    """Where kernels check the range (on a GPU, under compile) they see int32."""
+    far = torch.tensor([[1 + 2**32, 3, -(2**32), 20, -7]])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert checked_indices("indices", far, 20).tolist() == [[20, 3, -1, 20, -1]]
 
 
 @pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])

@@ -182,6 +182,7 @@ def test_compiles_to_one_graph_for_every_batch_size(topk_sample, count_compiles,
         (torch.tensor(1.0), 1, ["x: got shape []", "at least one dimension"]),
         (torch.zeros(2, 5, dtype=torch.int64), 1, ["x: got dtype torch.int64", "float32"]),
         ([[1.0]], 1, ["x: got list", "torch.Tensor"]),
+        (torch.empty(1, 2**31, device="meta"), 1, ["x: got rows of 2147483648", "at most"]),
     ],
 )
 def test_errors_name_the_argument_and_what_is_accepted(x, k, words):

@@ -60,13 +60,15 @@ def indices(name: str, tensor: Tensor, limit: int) -> Tensor:
     if tensor.dtype not in (torch.int32, torch.int64):
         raise FastsaeError(f"{name}: got dtype {tensor.dtype}, expected int32 or int64")
     # Reading the extremes of a GPU tensor would synchronise, and under compile there is no data:
-    # there the kernels do the checking.
+    # there the kernels do the checking, of numbers that must not wrap around on their way to int32.
     if tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(tensor))
         if low < 0 or high >= limit:
             raise FastsaeError(
                 f"{name}: got values from {low} to {high}, expected 0 to {limit - 1}"
             )
+    elif tensor.dtype == torch.int64:
+        tensor = tensor.clamp(-1, limit)
     return tensor.to(torch.int32).contiguous()
 
 

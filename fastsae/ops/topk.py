@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from fastsae.errors import FastsaeError
 from fastsae.ops import check
 from fastsae.ops.backend import direct
+
+MOST_COLUMNS = 2**31 - 2**15  # indices are int32, and kernels count a block beyond the last one
 
 
 def topk(x: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -26,6 +29,8 @@ def topk(x: Tensor, k: int, *, backend: str | None = None) -> tuple[Tensor, Tens
             pass  # not what the leaf takes: served below; or a mistake: named below
     flat = check.rows("x", x)
     check.count("k", k, flat.shape[1], "the last dimension of x")
+    if flat.shape[1] > MOST_COLUMNS:
+        raise FastsaeError(f"x: got rows of {flat.shape[1]}, expected at most {MOST_COLUMNS}")
     values, indices = torch.ops.fastsae.topk(flat.detach(), k, backend or "")
     shape = (*x.shape[:-1], k)
     return values.view(shape), indices.view(shape)
