@@ -276,6 +276,8 @@ def run_all(cases: list[tuple[str, Callable[[], Case]]], options: argparse.Names
             disturbed.append(f"{op} {targets.shape_of(found[0])} ({cores:.1f} cores)")
         rows += found
         print(table(found, rows), flush=True)
+        if options.out and not on_cpu:  # a crash or a time limit must not take what is measured
+            write_csv(options.out, rows)
     print(targets.summary(rows))
     for line in wrong:
         print(f"FAILED {line}", file=sys.stderr)

@@ -135,6 +135,28 @@ def test_a_busy_machine_is_not_recorded(bench, case, run, idle, monkeypatch, whe
     assert out.exists()
 
 
+def test_on_a_gpu_what_is_measured_survives_the_time_limit(bench, case, monkeypatch, tmp_path):
+    """A lease ends when it ends, and a kernel may hang: the cases before are on the disk."""
+    out = tmp_path / "gpu.csv"
+    options = bench.common.parser("").parse_args(["--device", "cuda", "--out", str(out)])
+    common = bench.machine.machine("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.common, "machine", lambda device: common)
+    real = bench.common.run
+
+    def on_cpu(case, device, *rest, **more):
+        return real(case, "cpu", *rest, **more)
+
+    monkeypatch.setattr(bench.common, "run", on_cpu)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.common.run_all([("decode", case), ("topk", interrupted)], options)
+    assert {row.op for row in bench.rows.read_csv(out)} == {"decode"}
+
+
 def test_only_and_floors(bench, case, run, idle, tmp_path):
     floor = case(floors={"torch.mm": lambda i: None})
     run([floor, case(op="topk")], "--only", "decode", "--out", str(tmp_path / "a"))
