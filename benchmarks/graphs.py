@@ -28,6 +28,7 @@ from fastsae import ops
 from fastsae.ops.backend import supported
 
 N, D, F, K, V = 16, 256, 2048, 16, 500
+MANY = 128  # rows that other kernels take: cuBLAS screens, and rows share the weights they read
 
 
 def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor], Callable]]:
@@ -38,6 +39,8 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor]
     b, strengths = randn(F, device=device), torch.rand(N, device=device)
     slots = (torch.arange(N, device=device) % 2).int()
     theta, full, W = torch.ones(F, device=device), x.float(), c.W.float()
+    rows, more = randn(MANY, D, device=device), torch.rand(MANY, device=device)
+    places = (torch.arange(MANY, device=device) % 2).int()
 
     def encode(name):
         return ops.encode_topk(x, c.W, b, K, backend=name)
@@ -53,6 +56,10 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor]
         "encode_topk": ([x, b], encode),
         "encode_topk, float32": ([full, b], encode_full),
         "encode_topk, new weights": ([full, W], encode_full),
+        "encode_topk, many rows": (
+            [rows, b],
+            lambda name: ops.encode_topk(rows, W, b, K, backend=name),
+        ),
         "encode_threshold_padded": ([x, b], encode_padded),
         "decode": ([c.values], lambda name: ops.decode(c.values, c.indices, c.W, backend=name)),
         "gather_dot": ([c.g], lambda name: ops.gather_dot(c.g, c.W, c.indices, backend=name)),
@@ -64,6 +71,10 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor]
         "steer": (
             [x, strengths],
             lambda name: ops.steer(x, slots, strengths, table, backend=name),
+        ),
+        "steer, many rows": (
+            [rows, more],
+            lambda name: ops.steer(rows, places, more, table, backend=name),
         ),
     }
 

@@ -87,9 +87,9 @@ inline Tensor make(const int64_t* size, size_t dims, ScalarType type) {
   std::vector<int64_t> strides(dims, 1);
   for (size_t d = dims; d-- > 1;) strides[d - 1] = strides[d] * max64(1, size[d]);
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)dims, size, strides.data(),
-                                                         code_of(type),
-                                                         aoti_torch_device_type_cpu(), 0, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided((int64_t)dims, size, strides.data(),
+                                                  code_of(type), aoti_torch_device_type_cpu(), 0,
+                                                  &out));
   return Tensor(out);
 }
 

@@ -13,6 +13,7 @@
 // expect sm_90a steer_rows_kernelI13__nv_bfloat16Li1ELb1E: LDG.E.128, UCGABAR, !ATOM
 // expect sm_90a steer_rows_kernelI13__nv_bfloat16Li4ELb1E: LDG.E.128, UCGABAR, !ATOM
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 

@@ -55,10 +55,11 @@ struct Steer {
   int64_t first;     // column of this block
   int turn = 0;
 
-  // Four (or two) weights at column first + c, 0 past the last. They are read unconditionally, from
-  // column 0 where there are none, for a branch would make every row wait for the one before it.
+  // Four (or two) weights at column first + c, 0 past the last and past those of this block (there
+  // an infinity, times 0, would be NaN). They are read unconditionally, from column 0 where there
+  // are none, for a branch would make every row wait for the one before it.
   __device__ float4 four(const float* row, int c) const {
-    const int64_t at = first + c;
+    const int64_t at = c < columns ? first + c : p.D;
     float4 w;
     if constexpr (Vector) {  // D is a multiple of 4
       w = *(const float4*)(row + (at < p.D ? at : 0));
@@ -365,6 +366,12 @@ cudaError_t steer_rows(SteerParams<T> p, cudaStream_t stream) {
   const size_t bytes = 2 * sizeof(float) * R * columns;
   if (bytes > 32 << 10) {  // more than comes without asking
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if constexpr (R > 1) {
+      if (error != cudaSuccess) {  // wide rows without clusters: one at a time fits
+        cudaGetLastError();
+        return steer_rows<T, 1, Vector>(p, stream);
+      }
+    }
     if (error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config = {};

@@ -135,6 +135,53 @@ def test_a_busy_machine_is_not_recorded(bench, case, run, idle, monkeypatch, whe
     assert out.exists()
 
 
+def test_on_a_gpu_what_is_measured_survives_the_time_limit(bench, case, monkeypatch, tmp_path):
+    """A lease ends when it ends, and a kernel may hang: the cases before are on the disk."""
+    out = tmp_path / "gpu.csv"
+    options = bench.common.parser("").parse_args(["--device", "cuda", "--out", str(out)])
+    common = bench.machine.machine("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.common, "machine", lambda device: common)
+    real = bench.common.run
+
+    def on_cpu(case, device, *rest, **more):
+        return real(case, "cpu", *rest, **more)
+
+    monkeypatch.setattr(bench.common, "run", on_cpu)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.common.run_all([("decode", case), ("topk", interrupted)], options)
+    assert {row.op for row in bench.rows.read_csv(out)} == {"decode"}
+
+
+def test_a_peer_that_is_not_captured_keeps_its_case(bench, case, monkeypatch, capsys):
+    """Its eager time and the others' stand; of ours, not to be captured is a failure."""
+
+    def capture(function):
+        if function is broken:
+            raise RuntimeError("operation not permitted when stream is capturing\nand a trace")
+        return function
+
+    monkeypatch.setattr(bench.common, "capture", capture)
+    memory = dict.fromkeys(("peak_mb", "output_mb", "kept_mb"))
+    monkeypatch.setattr(bench.common, "verify", lambda *_: memory)
+    monkeypatch.setattr(
+        bench.common, "measure", lambda providers, *_, **__: {n: [1.0] for n in providers}
+    )
+    common = bench.machine.machine("cpu")
+    sound = case(graphs=("native", "torch"))
+    broken = sound.providers["torch"]
+    rows = bench.common.run(sound, "cuda", common, rounds=1, warmup=0)
+    assert [row.provider for row in rows] == ["native", "torch", "native graph"]
+    assert "decode: torch is not captured: operation not permitted" in capsys.readouterr().out
+    broken = sound.providers["native"]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        bench.common.run(sound, "cuda", common, rounds=1, warmup=0)
+
+
 def test_only_and_floors(bench, case, run, idle, tmp_path):
     floor = case(floors={"torch.mm": lambda i: None})
     run([floor, case(op="topk")], "--only", "decode", "--out", str(tmp_path / "a"))

@@ -96,3 +96,18 @@ def test_opcheck_and_one_graph(encode_sample, count_compiles, device, backend):
     counts = compiled(s.x)[2]
     wanted = torch.ops.fastsae.encode_threshold_padded(*arguments(s), 4, None, backend)
     assert counter.frame_count == 1 and torch.equal(counts, wanted[2])
+
+
+def test_torch_compile_meets_no_question_about_a_cuda_graph(monkeypatch):
+    """It cannot trace the answer, a bool: on a GPU the call would break the graph."""
+
+    def untraceable():
+        raise AssertionError("asked while compiling")
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", untraceable)
+    with torch._subclasses.FakeTensorMode():
+        x, W = torch.empty(3, 8, device="cuda"), torch.empty(20, 8, device="cuda")
+        bias = torch.empty(20, device="cuda")
+        values, _, counts = ops.encode_threshold_padded(x, W, bias, bias, 4)
+    assert x.is_cuda and values.shape == (3, 4) and counts.shape == (3,)

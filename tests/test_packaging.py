@@ -85,6 +85,16 @@ def test_one_version():
         assert not [r for r in project["build-system"]["requires"] if r.startswith("torch")]
 
 
+def test_the_sources_ask_no_more_of_torch_than_its_oldest_version_has():
+    """Headers of torch 2.11 lack a macro of later ones, and do not include stable/macros.h."""
+    if not CHECKOUT:
+        pytest.skip("not a checkout")
+    sources = {path: path.read_text() for path in (ROOT / "csrc").iterdir()}
+    assert not [p.name for p, text in sources.items() if "STABLE_TORCH_ERROR_CODE_CHECK" in text]
+    checked = {p: text for p, text in sources.items() if "STD_CUDA_" in text}
+    assert checked and all("<torch/csrc/stable/macros.h>" in text for text in checked.values())
+
+
 @pytest.mark.parametrize("stem", ["topk", "encode", "decode", "mi"])
 def test_the_examples_of_the_docstrings(stem):
     module = importlib.import_module(f"fastsae.ops.{stem}")

@@ -111,8 +111,8 @@ def encode_threshold_padded(
     op = torch.ops.fastsae.encode_threshold_padded
     with _training(W_enc):
         values, indices, counts = op(flat, W_enc, b_enc, threshold, capacity, b_dec, backend or "")
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not captured and counts.numel():
+    # Asked in this order: torch.compile cannot trace the question about the capture.
+    if not torch.compiler.is_compiling() and not _capturing(x) and counts.numel():
         most = int(counts.max())
         if most > capacity:
             raise FastsaeError(
@@ -121,6 +121,10 @@ def encode_threshold_padded(
             )
     shape = (*x.shape[:-1], capacity)
     return values.view(shape), indices.view(shape), counts.view(x.shape[:-1])
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _thresholds(threshold: Tensor | float, x: Tensor, W_enc: Tensor) -> Tensor:
