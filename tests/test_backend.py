@@ -22,6 +22,7 @@ def fresh(monkeypatch):
         backend._triton_missing,
         extension.problem,
         backend.implementation,
+        backend._compiled,
     )
     monkeypatch.delenv("FASTSAE_BACKEND", raising=False)
     for cache in caches:

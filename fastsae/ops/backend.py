@@ -164,6 +164,11 @@ def direct(op: str, backend: str | None, tensor: torch.Tensor) -> Callable | Non
         return None
     if backend != "native" and (backend is not None or "FASTSAE_BACKEND" in os.environ):
         return None
+    return _compiled(op)
+
+
+@functools.cache
+def _compiled(op: str) -> Callable | None:
     return implementation(op, "native") if _native_missing(op, "CPU") is None else None
 
 

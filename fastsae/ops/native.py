@@ -28,6 +28,7 @@ _OBJECTIVES = {"mi": 0, "pmi": 1, "paper": 2, "logit": 3}
 
 if extension.problem() is None:
     _leaf = torch.ops.fastsae
+    _topk_rows, _decode_rows = _leaf._topk_rows.default, _leaf._decode_rows.default
 
 
 def isa() -> str:
@@ -55,11 +56,11 @@ def cpu_features() -> dict[str, object]:
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return _leaf._topk_rows(x, k)
+    return _topk_rows(x, k)
 
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
-    return _leaf._decode_rows(values, indices, W_dec, b_dec)
+    return _decode_rows(values, indices, W_dec, b_dec)
 
 
 def gather_dot(g: Tensor, W: Tensor, indices: Tensor) -> Tensor:
