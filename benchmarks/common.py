@@ -178,7 +178,9 @@ def run(case: Case, device: str, common: dict, *, rounds: int, warmup: int) -> l
             except RuntimeError as error:
                 if PACKAGES.get(name) == "fastsae-engine":
                     raise
-                print(f"{case.op}: {name} is not captured: {str(error).splitlines()[0]}")
+                print(
+                    f"{case.op}: {name} is not captured: {next(iter(str(error).splitlines()), '')}"
+                )
                 continue
             memory[f"{name} graph"] = nothing
     rounds = min(rounds, case.rounds or rounds)

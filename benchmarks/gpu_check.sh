@@ -42,9 +42,9 @@ PY
 }
 
 build() { # into a folder of its own: what is measured is what a user installs
-  local wanted status=0 log=$site.log
-  for wanted in auto cpu none; do # where CUDA C++ does not build, the Triton kernels still run
-    FASTSAE_BUILD=$wanted MAX_JOBS=$(nproc) "$python" -m pip install --quiet --no-index --no-deps \
+  local wanted status=0 log=$site/build.log
+  for wanted in auto cpu none; do # where CUDA C++ does not build in time, the Triton kernels still run
+    FASTSAE_BUILD=$wanted MAX_JOBS=$(nproc) timeout -k 5 90 "$python" -m pip install --quiet --no-index --no-deps \
       --no-build-isolation --target "$site" . >"$log" 2>&1 && break
     status=1
     printf 'FASTSAE_BUILD=%s: FAILED\n' "$wanted"

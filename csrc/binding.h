@@ -81,8 +81,8 @@ inline int32_t code_of(ScalarType type) {
   }
 }
 
-// An empty tensor, contiguous. torch::stable::empty asks the dispatcher by name, at a tenth of the
-// cost of a call for one row.
+// An empty tensor, contiguous. torch::stable::empty asks the dispatcher by name, which costs a tenth
+// of a call for one row.
 inline Tensor make(const int64_t* size, size_t dims, ScalarType type) {
   std::vector<int64_t> strides(dims, 1);
   for (size_t d = dims; d-- > 1;) strides[d - 1] = strides[d] * max64(1, size[d]);

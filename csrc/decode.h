@@ -23,8 +23,8 @@ inline void write_row(const float* in, int64_t n, DType type, void* out, int64_t
 }
 
 // sum[j] += Σ_r v[r]·w[r][j], the terms of a column one after the other. What is added 1 KB later
-// comes into the cache meanwhile: the rows' own columns, then those of the R rows at `next`, because
-// no prefetcher guesses where the next indices point.
+// comes into the cache meanwhile: the rows' own columns, then those of the R rows at `next` (null:
+// none), because no prefetcher guesses where the next indices point.
 template <class I, int R, class T>
 inline void add_rows(float* sum, const float* v, const T* const* w, int64_t n,
                      const T* const* next = nullptr) {

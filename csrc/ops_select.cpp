@@ -11,7 +11,8 @@ std::tuple<Tensor, Tensor> topk_rows(const Tensor& x, int64_t k) {
   a.F = x.size(1);
   a.k = k;
   a.dtype = dtype_of(x, "x");
-  STD_TORCH_CHECK(a.F < INT32_MAX, "x: got rows of ", a.F, ", whose columns int32 cannot number");
+  constexpr int64_t kMost = (1LL << 31) - (1 << 15);  // MOST_COLUMNS in fastsae/ops/topk.py
+  STD_TORCH_CHECK(a.F <= kMost, "x: got rows of ", a.F, ", expected at most ", kMost);
   STD_TORCH_CHECK(k >= 0 && k <= a.F, "k: got ", k, ", expected 0 to ", a.F);
   Tensor values = make({N, k}, x.scalar_type()), indices = make({N, k}, ScalarType::Int);
   a.x = x.const_data_ptr();

@@ -130,9 +130,9 @@ void copy_rows(const CopyArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Weights are read once, from memory: kStreams rows side by side, each fetched kAhead bytes ahead,
+// Weights are read once, from memory: kStreams rows side by side, each fetched kAheadBytes ahead,
 // since one stream does not fill the memory's pipe.
-constexpr int64_t kAhead = 4096, kStreams = 4;
+constexpr int64_t kAheadBytes = 4096, kStreams = 4;
 
 // <d~, w~> of S weight rows, `apart` features from each other, and X rows of x, `rows` of which
 // exist.
@@ -150,8 +150,8 @@ inline void byte_dots(const EncodeArgs& a, int64_t n, int64_t rows, int64_t feat
     for (int s = 0; s < S; ++s) {
       const int8_t* at = w + s * apart * padded + b * kBytes;
       if (fetch) {
-        __builtin_prefetch(at + kAhead);
-        __builtin_prefetch(at + kAhead + 64);
+        __builtin_prefetch(at + kAheadBytes);
+        __builtin_prefetch(at + kAheadBytes + 64);
       }
       I::template add_bytes<X>(at, scales[s * apart * blocks + b], x + b * kBytes, padded, sum[s]);
     }
@@ -184,7 +184,7 @@ inline void byte_rows_of(const EncodeArgs& a, int64_t n, int64_t rows, int64_t f
 template <class I>
 inline void byte_panel(const EncodeArgs& a, int64_t n, int64_t rows, int64_t first, int64_t width,
                        float* h) {
-  // Sixteen registers hold the sums of several weight rows for one row of x only.
+  // Sixteen registers (all but AVX-512) hold the sums of several weight rows for one row of x only.
   const int64_t apart = rows == 1 || I::kBlockX > 1 ? width / kStreams : 0;
   for (int64_t f = 0; f < apart; ++f) {
     byte_rows_of<I, kStreams>(a, n, rows, first + f, apart, h + f);

@@ -367,7 +367,7 @@ cudaError_t steer_rows(SteerParams<T> p, cudaStream_t stream) {
   if (bytes > 32 << 10) {  // more than comes without asking
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if constexpr (R > 1) {
-      if (error != cudaSuccess) {  // wide rows without clusters: one at a time fits
+      if (error != cudaSuccess) {  // wide rows without clusters: one at a time may fit
         cudaGetLastError();
         return steer_rows<T, 1, Vector>(p, stream);
       }

@@ -1,6 +1,7 @@
 // Exact top-k of a row by group maxima: the k-th largest group maximum bounds the k-th largest
 // value from below, so only groups that reach it are read again. No sampling, no histogram.
 #pragma once
+#include "dot.h"
 #include "kernels.h"
 
 namespace fastsae {
@@ -193,7 +194,9 @@ inline void select_by_keys(const float* row, int64_t F, int64_t k, const SelectS
   for (int64_t i = 0; above < k; ++i, ++above) s.greater[above] = s.equal[i];
 }
 
-// The k largest of a row without NaN through its block maxima, in steps.
+// The k largest of a row without NaN through its block maxima, in steps: `look` has to pass all of
+// its columns in ascending order, for ties, and until `end` the row, its maxima and the lists in
+// the scratch stay as they are.
 template <class I>
 struct Selection {
   const float* row = nullptr;  // null: none under way
@@ -213,10 +216,10 @@ struct Selection {
     for (; begin < end; begin += kBlock) {
       if (!I::ge(I::load(maxima + begin / 16), limit)) continue;
       const int64_t stop = min64(begin + kBlock, end);
-      for (int64_t quarter = begin; quarter < stop; quarter += 64) {
+      for (int64_t quarter = begin; quarter < stop; quarter += 64) {  // most hold none
         uint32_t any = quarter + 64 > stop;
-        for (int64_t j = quarter; j < quarter + 64 && quarter + 64 <= stop; j += 16) {
-          any |= I::ge(I::load(row + j), limit);
+        if (!any) {
+          for (int64_t j = quarter; j < quarter + 64; j += 16) any |= I::ge(I::load(row + j), limit);
         }
         if (any) list(quarter, min64(quarter + 64, stop), k, s);
       }
@@ -268,9 +271,10 @@ template <class I, class T>
 inline void topk_typed(const TopkArgs& a, int64_t begin, int64_t end) {
   const T* x = (const T*)a.x;
   T* values = (T*)a.values;
-  const bool wide = sizeof(T) == sizeof(float), pays = maxima_pay(a.F, a.k);
-  const int64_t maxima = block_count(a.F) * 16, widened = wide ? 0 : a.F;
-  Memory memory(select_bytes(a.F) + 4 * (maxima + 2 * widened));
+  constexpr bool kFloat = sizeof(T) == sizeof(float);
+  const bool pays = maxima_pay(a.F, a.k);
+  const int64_t lanes = block_count(a.F) * 16;  // maxima of a row
+  Memory memory(select_bytes(a.F) + 4 * (lanes + (kFloat ? 0 : 2 * a.F)));
   const SelectScratch s = select_scratch(memory.data, a.F);
   float* spare = (float*)(memory.data + select_bytes(a.F));
   const auto write = [&](int64_t n, const float* row) {
@@ -288,9 +292,11 @@ inline void topk_typed(const TopkArgs& a, int64_t begin, int64_t end) {
     write(n, row);
   };
   for (int64_t n = begin; n < end; ++n) {
-    const float* row = (const float*)(x + n * a.F);
-    if (!wide) {
-      float* copy = spare + maxima + n % 2 * widened;
+    const float* row;
+    if constexpr (kFloat) {
+      row = x + n * a.F;
+    } else {
+      float* copy = spare + lanes + n % 2 * a.F;
       widen_row(x + n * a.F, a.F, copy);
       row = copy;
     }

@@ -97,8 +97,8 @@ def of(
 ) -> tuple[tuple[Tensor, ...], bool]:
     """(the copy of that kind of W, kept or made now; whether W is compared with it before its use).
 
-    All copies of weights that are kept at all are compared, new ones too: a captured call can load
-    no kernel, so it must launch the same ones as the calls before it, whichever it is of them.
+    Where copies may be kept all are compared, new ones too: a captured call can load no kernel, so
+    it must launch the same ones as the calls before it, be it the second call or the third.
 
     The last tensor of a copy is int32 [1]; not 0 asks the next call to make the copy anew.
     """

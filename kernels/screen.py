@@ -69,18 +69,18 @@ def _features_kernel(
     group_lost,
     group_limits,
     F,
-    KEPT: tl.constexpr,
+    COMPARED: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What selection reads of BLOCK features, and the extremes of their groups of G.
 
-    KEPT: `changed` says whether the copy was made anew; then its digests are those of `now`.
+    COMPARED: `changed` says whether the copy was made anew; then its digests are those of `now`.
     """
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
-    if KEPT:
+    if COMPARED:
         if tl.load(changed) != 0:
             tl.store(digests + feature, tl.load(now + feature, mask=inside), mask=inside)
             tl.store(stale, 0)
@@ -114,7 +114,7 @@ class Weights(NamedTuple):
     centre: Tensor  # c [D], or empty: 0
     stale: Tensor  # int32 [1]: not 0 makes the next call make the copy anew
     kind: str  # "bf16", "int8", or "same": `copy` is W itself
-    kept: bool  # perhaps from an earlier call: the weights may have changed since
+    compared: bool  # with the weights before its use: it may be of an earlier call
 
 
 class Features(NamedTuple):
@@ -233,8 +233,8 @@ def weights(W: Tensor, kind: str, x: Tensor, b_dec: Tensor | None) -> Weights:
         kind = "same"
     bare = exact and x.dtype == torch.bfloat16 and b_dec is None
     name = f"{kind} bare" if bare else kind
-    tensors, kept = copies.of(W, name, lambda: _make(W, kind, None if bare else x, b_dec))
-    made = Weights(*tensors, kind, kept)
+    tensors, compared = copies.of(W, name, lambda: _make(W, kind, None if bare else x, b_dec))
+    made = Weights(*tensors, kind, compared)
     return made._replace(copy=W) if exact else made
 
 
@@ -244,7 +244,7 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
     A copy of weights that have changed is made anew first: products with it come after this.
     """
     F, padded = W.shape[0], w.norms.shape[0]
-    changed, now = _renew(W, w) if w.kept else (w.stale, w.digests)
+    changed, now = _renew(W, w) if w.compared else (w.stale, w.digests)
     bias, limits = torch.zeros(2, padded, device=W.device).unbind(0)
     groups = torch.zeros(4, padded // G, device=W.device).unbind(0)
     _features_kernel[(triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)](
@@ -261,7 +261,7 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
         limits,
         *groups,
         F,
-        KEPT=w.kept,
+        COMPARED=w.compared,
         HAS_LIMIT=threshold is not None,
         G=G,
         enable_fp_fusion=True,
@@ -323,7 +323,7 @@ def _aot(G: int, limit: bool):
     pointers = dict.fromkeys([*floats.split(), "group_lost", "group_limits"], "*fp32:16")
     pointers |= {"changed": "*i32:16", "now": "*i64:16", "digests": "*i64:16", "stale": "*i32:16"}
     pointers |= {"F": "i32:16"}
-    constexprs = {"KEPT": True, "HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
+    constexprs = {"COMPARED": True, "HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
     options = {"num_warps": _FEATURES_CONFIG["num_warps"]}
     return _features_kernel, pointers, constexprs, options
 

@@ -136,7 +136,7 @@ def test_a_busy_machine_is_not_recorded(bench, case, run, idle, monkeypatch, whe
 
 
 def test_on_a_gpu_what_is_measured_survives_the_time_limit(bench, case, monkeypatch, tmp_path):
-    """A lease ends when it ends, and a kernel may hang: the cases before are on the disk."""
+    """A time limit or a kernel that hangs does not take the cases measured before."""
     out = tmp_path / "gpu.csv"
     options = bench.common.parser("").parse_args(["--device", "cuda", "--out", str(out)])
     common = bench.machine.machine("cpu")

@@ -52,21 +52,23 @@ def test_files_that_the_script_runs_exist():
     assert len(set(files)) == 4 and all((ROOT / file).exists() for file in files)
 
 
-def test_what_does_not_build_leaves_the_rest_to_run(tmp_path):
+@pytest.mark.parametrize("builds", ["cpu", "none"])
+def test_what_does_not_build_leaves_the_rest_to_run(builds, tmp_path):
     """Without CUDA C++ the Triton kernels are still tested and measured; the phase has failed."""
     script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
     build = re.search(r"^build\(\).*?^}", script, re.M | re.S).group()
     pip = tmp_path / "python"
     pip.write_text(
         "#!/bin/sh\necho $FASTSAE_BUILD >>tried\n"
-        "[ $FASTSAE_BUILD = auto ] || exit 0\necho 'x.cu(3): error: no such macro'\nexit 1\n"
+        f"[ $FASTSAE_BUILD = {builds} ] && exit 0\necho 'x.cu(3): error: no such macro'\nexit 1\n"
     )
     pip.chmod(0o755)
-    setting = {"site": str(tmp_path / "site"), "python": str(pip), "PATH": "/usr/bin:/bin"}
+    setting = {"site": str(tmp_path), "python": str(pip), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         ["bash", "-c", f"{build}\nbuild"], env=setting, cwd=tmp_path, capture_output=True, text=True
     )
-    assert done.returncode == 1 and (tmp_path / "tried").read_text().split() == ["auto", "cpu"]
+    tried = ["auto", "cpu", "none"][: 2 if builds == "cpu" else 3]
+    assert done.returncode == 1 and (tmp_path / "tried").read_text().split() == tried
     assert "FASTSAE_BUILD=auto: FAILED" in done.stdout and "error: no such macro" in done.stdout
 
 
