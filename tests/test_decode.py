@@ -167,6 +167,15 @@ def test_gather_dot_types(decode_sample, as_good_as_torch, mixed, device, backen
     as_good_as_torch(got, dense_dots(s), dense_dots(s, torch.float32))
 
 
+@gather_op
+def test_the_op_itself_takes_any_layout(decode_sample, device, backend):
+    """As other modules call it, without the checks of the public function."""
+    s = decode_sample(9, 6, device=device)
+    g, W, indices = (t.T.contiguous().T for t in (s.g, s.W, s.indices))
+    got = torch.ops.fastsae.gather_dot(g, W, indices, backend)
+    assert torch.equal(got, ops.gather_dot(s.g, s.W, s.indices, backend=backend))
+
+
 def dense_outer(s, dtype=torch.float64):
     code = dense_code(s, dtype)
     return code.T @ s.g.to(dtype), code.sum(0)

@@ -87,8 +87,6 @@ def test_one_version():
 
 def test_the_sources_ask_no_more_of_torch_than_its_oldest_version_has():
     """Headers of torch 2.11 lack a macro of later ones, and do not include stable/macros.h."""
-    if not CHECKOUT:
-        pytest.skip("not a checkout")
     sources = {path: path.read_text() for path in (ROOT / "csrc").iterdir()}
     assert not [p.name for p, text in sources.items() if "STABLE_TORCH_ERROR_CODE_CHECK" in text]
     checked = {p: text for p, text in sources.items() if "STD_CUDA_" in text}

@@ -190,7 +190,11 @@ def _has_leaf(name: str) -> bool:
 
 
 def call(op: str, backend: str, tensors: tuple[torch.Tensor, ...], *args):
-    """Run `op` with the chosen backend; `tensors` decide device and dtype."""
+    """Run `op` with the chosen backend; `tensors` decide device and dtype.
+
+    Kernels go by a tensor's shape alone, so tensors arrive contiguous whoever calls.
+    """
+    args = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in args]
     run = implementation(op, choose(op, *tensors, backend=backend or None).name)
     if not tensors[0].is_cuda:
         return run(*args)

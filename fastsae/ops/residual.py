@@ -157,7 +157,7 @@ def _put_some(hidden, residual, x, y, index, watched, seconds, took) -> None:
 def _staged(x, y, stage, strengths, table, members, k) -> Tensor:
     """y with the rows of staged policies replaced."""
     finish = stage[-1].long()
-    start = x.to(torch.float32).contiguous()
+    start = x.to(torch.float32)
     r = start
     for i, slot in enumerate(stage[:-1].unbind(0)):
         slot = slot.contiguous()

@@ -54,7 +54,7 @@ def watch_on_cpu(x, r, slots, read, sums, maxima) -> None:
 def watch(x: Tensor, r: Tensor, slots: Tensor, table: WatchTable) -> None:
     """watch_ in plain torch: for GPUs, and the oracle of the compiled one."""
     features, slots = table.enc.shape[1], slots.reshape(-1).long()
-    x, r = (t.reshape(-1, t.shape[-1]).float().contiguous() for t in (x, r))
+    x, r = (t.reshape(-1, t.shape[-1]).float() for t in (x, r))
     length, change = x.norm(dim=-1), (r - x).norm(dim=-1)
     finite = (length + change).isfinite()
     dose = torch.where(change > 0, change / length, 0.0).clamp(max=torch.finfo(torch.float32).max)
