@@ -6,7 +6,9 @@ cannot be built is an error. CUDA architectures come from TORCH_CUDA_ARCH_LIST, 
 """
 
 import os
+import shlex
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -57,11 +59,27 @@ def ops(cpp_extension, cuda: bool) -> Extension:
     flags += ["-fno-trapping-math"]  # nobody reads exception flags: comparisons may vectorise
     # GCC 12's own AVX-512 headers set these warnings off.
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    sources, kind = [f"csrc/{name}.cpp" for name in SOURCES], cpp_extension.CppExtension
+    sources = [f"csrc/{name}.cpp" for name in SOURCES]
     args = {"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI]}
+    kind, folders = cpp_extension.CppExtension, []
     if cuda:
         sources, kind = [*sources, "csrc/ops_cuda.cu"], cpp_extension.CUDAExtension
-    return kind("fastsae._ops", sources, extra_compile_args=args, py_limited_api=True)
+        folders = toolkit_libraries(f"{cpp_extension.CUDA_HOME}/bin/nvcc")
+    return kind(
+        "fastsae._ops",
+        sources,
+        extra_compile_args=args,
+        library_dirs=folders,
+        py_limited_api=True,
+    )
+
+
+def toolkit_libraries(nvcc: str) -> list[str]:
+    """The folders that nvcc links from; torch's guess is wrong where nvcc on PATH is a wrapper."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    said = [line for line in dry.stderr.splitlines() if line.startswith("#$ LIBRARIES=")]
+    flags = shlex.split(said[0].split("=", 1)[1]) if said else []
+    return [flag.removeprefix("-L") for flag in flags if flag.startswith("-L")]
 
 
 def module(torch, cuda: bool) -> Extension:

@@ -10,7 +10,7 @@ from typing import Any
 from fastsae.errors import FastsaeError
 from fastsae.sae import SAE
 from fastsae.serve.policies import Entry
-from fastsae.serve.sampling import Sampling, sampler
+from fastsae.serve.sampling import Drawing, sampler
 from fastsae.serve.seats import EngineError, Job, Seats
 
 log = logging.getLogger("uvicorn.error")
@@ -47,9 +47,8 @@ class Engine:
         config = getattr(model.config, "get_text_config", lambda: model.config)()
         longest = getattr(config, "max_position_embeddings", None) or cache_tokens
         self.context = min(longest, cache_tokens)
-        self._sampling: dict[str, Sampling] = {}
+        self._sampling: dict[str, Drawing] = {}
         self._seats = Seats(self.handle, dict(zip(saes, self.handle.sites, strict=True)))
-        self._broken: set[str] = set()
         self.observe: Callable[[float], None] = lambda seconds: None  # steering, of every forward
         self.handle.observe(lambda seconds: self.observe(seconds))
         self._admissions: list[tuple[Job, asyncio.Future]] = []
@@ -81,7 +80,7 @@ class Engine:
             generation_config=self._generation, continuous_batching_config=self._batching
         )
         processors = self.manager.logit_processor
-        processors.logits_processor.append(sampler(self._sampling, self._broken))
+        processors.logits_processor.append(sampler(self._sampling))
         processors.tensors_required += 1
         processors.do_processing = True
         self.manager.output_router.output_queue = _Nowhere()
@@ -124,7 +123,7 @@ class Engine:
         if not self.alive:
             raise EngineError("the engine is not running")
         results: asyncio.Queue = asyncio.Queue()
-        self._sampling[job.id] = job.sampling
+        drawing = self._sampling[job.id] = Drawing(job.sampling)
         ended, drawn = False, 0
         try:
             self.manager.register_result_handler(job.id, results.put_nowait)
@@ -134,7 +133,7 @@ class Engine:
                 ended = output.is_finished()
                 if output.error:
                     raise EngineError(output.error)
-                if job.id in self._broken:
+                if drawing.broken:
                     raise EngineError("logits are not finite: a strength is far too large")
                 self._seats.verify(job, len(output.generated_tokens), output.steered)
                 for token in output.generated_tokens[drawn:]:
@@ -146,7 +145,6 @@ class Engine:
                 with self.manager.output_router._lock:
                     self.manager.output_router.result_handlers.pop(job.id, None)
             self._sampling.pop(job.id, None)
-            self._broken.discard(job.id)
             self._seats.leave(job)
 
     async def _admit(self, job: Job) -> None:

@@ -25,6 +25,17 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass
+class Drawing:
+    """How a running request draws, and whether its logits were numbers so far.
+
+    The mark goes with the request: a step that ends after the request has left leaves nothing.
+    """
+
+    how: Sampling
+    broken: bool = False
+
+
 def draw(logits: Tensor, how: Sampling, step: int) -> int:
     """The token of one step from float32 logits [V]."""
     if how.temperature == 0:
@@ -54,10 +65,10 @@ def _invert(cumulative: Tensor, u: float) -> int:
     return min(at, cumulative.numel() - 1)
 
 
-def sampler(requests: dict[str, Sampling], broken: set[str]):
+def sampler(requests: dict[str, Drawing]):
     """A logits processor for continuous batches that draws every request's token by `requests`.
 
-    Requests whose logits are not finite are added to `broken`: what is drawn for them is nothing.
+    Requests whose logits are not finite are marked as broken: what is drawn for them is nothing.
     """
     from transformers.generation.continuous_batching.cb_logits_processors import (
         ContinuousBatchingLogitsProcessor,
@@ -69,7 +80,6 @@ def sampler(requests: dict[str, Sampling], broken: set[str]):
 
         def __init__(self):
             self.step: list[tuple[str, int]] = []
-            self.broken = broken
 
         def fill_defaults(self, int32_tensor: Tensor) -> None:
             int32_tensor.zero_()
@@ -81,13 +91,15 @@ def sampler(requests: dict[str, Sampling], broken: set[str]):
 
         def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
             for row, (request, step) in zip(scores, self.step, strict=False):
-                how = requests.get(request)
+                drawing = requests.get(request)
+                if drawing is None:
+                    continue  # cancelled meanwhile
                 if not bool((row.max() < math.inf) & (row.max() > -math.inf)):  # NaN too
-                    self.broken.add(request)
+                    drawing.broken = True
                     continue
-                if how is None or how.temperature == 0:
-                    continue  # cancelled meanwhile, or the largest logit
-                token = draw(row, how, step)
+                if drawing.how.temperature == 0:
+                    continue  # the largest logit
+                token = draw(row, drawing.how, step)
                 row.fill_(-math.inf)
                 row[token] = 0.0
             return scores

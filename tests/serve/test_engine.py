@@ -102,7 +102,7 @@ def test_logits_that_are_no_numbers_fail_the_request(engine, run):
             await answer(engine, job(PROMPTS[0]))
 
     run(go())
-    assert not engine._broken
+    assert not engine._sampling
 
 
 def test_more_policies_than_the_tables_hold(engine, alone, run):
