@@ -3,9 +3,10 @@
 A row has a list of C entries in ascending order of features: the feature, its screened
 pre-activation and a bound of the error. `floor` is the ordered key of a proven lower bound of the
 row's k-th largest exact value (members <= 0 need not be found). Of each tile only groups of G
-features are read whose largest pre-activation can reach the floor; a list that is full raises the
-floor by what it proves itself. A row whose candidates still do not fit is marked, and computed
-whole (rescore.py): nothing is ever truncated.
+features are read whose largest pre-activation can reach the floor. A tile of which too many can, as
+the first one, raises it by its own maxima; a list that has grown raises it by what it proves. A row
+whose candidates still do not fit is marked, and computed whole (rescore.py): nothing is ever
+truncated.
 """
 
 from typing import NamedTuple
@@ -13,12 +14,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.ordered import COARSE, POSITIVE, SPAN, _keys, _kth_largest, _larger, _least
 from fastsae.kernels.screen import TINY, Features
-from fastsae.kernels.topk import _keys, _kth_largest
 from torch import Tensor
 
 OVERFLOW = tl.constexpr(-1)
-POSITIVE = tl.constexpr(0x80000001)  # key of the smallest positive number
 
 
 @triton.jit
@@ -51,8 +51,8 @@ def _group_maxima(h, bias, width, NG: tl.constexpr, G: tl.constexpr):
     column = tl.arange(0, NG * G)
     s = tl.load(h + column, mask=column < width, other=-float("inf"))
     s += tl.load(bias + column)
-    s = tl.where(s == s, s, float("inf"))  # a maximum may lose a NaN, but not an infinity
-    return tl.max(tl.reshape(s, [NG, G]), axis=1)
+    top = tl.reduce(tl.reshape(s, [NG, G]), 1, _larger)
+    return tl.where(top == top, top, float("inf"))
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _prune(heads, errors, indices, count, k, floor, C: tl.constexpr):
     e = tl.load(errors + slot, mask=inside, other=0.0)
     index = tl.load(indices + slot, mask=inside, other=0)
     floor = tl.maximum(floor, _kth_largest(_lower_keys(s, e, inside), k, C))
-    keep = (_keys(s + e, inside, True) >= floor).to(tl.int32)
+    keep = (inside & ((s + e < _least(floor)) == 0)).to(tl.int32)
     position = tl.cumsum(keep, axis=0) - keep
     tl.debug_barrier()
     tl.store(heads + position, s, mask=keep == 1)
@@ -101,20 +101,24 @@ def _collect_kernel(
     tiny,
     HAS_MAXIMA: tl.constexpr,
     LIMIT: tl.constexpr,
+    UNIT: tl.constexpr,
     NG: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Features first.. of one row: h [rows, width] without bias, `stride` apart.
+    """Features G·first.. of one row: h [rows, UNIT·width] without bias, UNIT·stride apart.
 
+    The factors tell the compiler what it may load at once; without them it loads single numbers.
     LIMIT: members exceed the limit of their feature, else they are the k largest.
     """
     n = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + n)
     if count == OVERFLOW:
         return
-    h += n * stride
+    first *= G
+    width *= UNIT
+    h += n * (stride * UNIT)
     heads += n * C
     errors += n * C
     indices += n * C
@@ -143,9 +147,12 @@ def _collect_kernel(
         least = tl.load(group_limits + first // G + group, mask=inside, other=float("inf"))
         reach = (inside & _may_exceed(top + error, least)).to(tl.int32)
     else:
-        known = inside & (top < float("inf"))
-        floor = tl.maximum(floor, _kth_largest(_lower_keys(top, error, known), k, NG))
-        reach = (_keys(top + error, inside, True) >= floor).to(tl.int32)
+        upper = top + error
+        reach = (inside & ((upper < _least(floor)) == 0)).to(tl.int32)
+        if tl.sum(reach, axis=0) > SPAN * k:
+            lower = _lower_keys(top, error, inside & (top < float("inf")))
+            floor = tl.maximum(floor, _kth_largest(lower, k, NG, COARSE))
+            reach = (inside & ((upper < _least(floor)) == 0)).to(tl.int32)
     tl.store(listed + tl.cumsum(reach, axis=0) - reach, group, mask=reach == 1)
     n_groups = tl.sum(reach, axis=0)
     tl.debug_barrier()
@@ -167,10 +174,12 @@ def _collect_kernel(
                 limit = tl.load(limits + feature, mask=valid, other=float("inf"))
                 keep = (valid & _may_exceed(s + e, limit)).to(tl.int32)
             else:
-                keep = (_keys(s + e, valid, True) >= floor).to(tl.int32)
-                if count + tl.sum(keep, axis=0) > C:
+                keep = (valid & ((s + e < _least(floor)) == 0)).to(tl.int32)
+                grown = count + tl.sum(keep, axis=0)
+                # Early too, once it has grown to a few times k: a higher floor lets less pass.
+                if (grown > C) | ((count < SPAN * k) & (grown >= SPAN * k)):
                     floor, count = _prune(heads, errors, indices, count, k, floor, C)
-                    keep = (_keys(s + e, valid, True) >= floor).to(tl.int32)
+                    keep = (valid & ((s + e < _least(floor)) == 0)).to(tl.int32)
             new = tl.sum(keep, axis=0)
             position = count + tl.cumsum(keep, axis=0) - keep
             write = (keep == 1) & (position < C)
@@ -225,6 +234,7 @@ def collect(
     members are those above the limits of `features`.
     """
     n, width = h.shape
+    unit = 4 if width % 4 == 0 and h.stride(0) % 4 == 0 else 1
     C = into.heads.shape[1]
     NG = max(16, triton.next_power_of_2(triton.cdiv(width, G)))
     listed = torch.empty(n, NG, dtype=torch.int32, device=h.device)
@@ -242,14 +252,15 @@ def collect(
         features.group_limits,
         *into,
         listed,
-        first,
-        width,
-        h.stride(0),
+        first // G,
+        width // unit,
+        h.stride(0) // unit,
         0 if maxima is None else maxima.stride(0),
         k,
         D * TINY,
         HAS_MAXIMA=maxima is not None,
         LIMIT=k == 0,
+        UNIT=unit,
         NG=NG,
         G=G,
         C=C,
@@ -258,23 +269,24 @@ def collect(
     )
 
 
-def _aot(C: int, NG: int, G: int, **flags: bool):
+def _aot(C: int, NG: int, G: int, *flags: str):
     floats = "h maxima bounds bias norms lost limits group_bias group_norms group_lost group_limits"
     signature = dict.fromkeys([*floats.split(), "heads", "errors"], "*fp32:16")
     signature |= dict.fromkeys(["indices", "counts", "floors", "listed"], "*i32:16")
     signature |= dict.fromkeys(["first", "width", "stride", "groups", "k"], "i32")
     config = _config(C, NG, G)
     options = {name: config.pop(name) for name in ("num_warps", "maxnreg")}
-    constexprs = {"NG": NG, "G": G, "C": C, **config, **flags}
+    constexprs = {flag: flag in flags for flag in ("HAS_MAXIMA", "LIMIT")}
+    constexprs |= {"UNIT": 4, "NG": NG, "G": G, "C": C, **config}
     return _collect_kernel, signature | {"tiny": "fp32"}, constexprs, options
 
 
 # Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options).
 AOT = [
-    _aot(512, 512, 8, HAS_MAXIMA=False, LIMIT=False),
-    _aot(512, 512, 8, HAS_MAXIMA=False, LIMIT=True),
-    _aot(2048, 512, 8, HAS_MAXIMA=False, LIMIT=False),
-    _aot(4096, 512, 8, HAS_MAXIMA=False, LIMIT=True),
-    _aot(512, 1024, 64, HAS_MAXIMA=True, LIMIT=False),
-    _aot(512, 64, 128, HAS_MAXIMA=True, LIMIT=True),
+    _aot(512, 512, 8),
+    _aot(512, 512, 8, "LIMIT"),
+    _aot(2048, 512, 8),
+    _aot(4096, 512, 8, "LIMIT"),
+    _aot(512, 1024, 64, "HAS_MAXIMA"),
+    _aot(512, 64, 128, "HAS_MAXIMA", "LIMIT"),
 ]

@@ -12,7 +12,7 @@ in L2. Nothing synchronises with the host.
 """
 
 import torch
-from fastsae.kernels import rescore, screen
+from fastsae.kernels import rescore, screen, stream
 from fastsae.kernels.candidates import candidates
 from fastsae.kernels.matmul import WORKSPACE_BYTES, full_fp32, product
 from fastsae.kernels.topk import MAX_K, select
@@ -20,6 +20,7 @@ from torch import Tensor
 
 CELL = 4096  # columns of a tile that is selected from
 HALVES = (torch.bfloat16, torch.float16)
+STREAMED_ROWS = 512  # fewer rows do not fill a GPU with a program each
 FEW_ROWS = 64  # up to here half-precision products are rescored too, and do not depend on the batch
 
 
@@ -102,10 +103,16 @@ def _multiplied(x, W, b_enc, k: int, b_dec, out) -> None:
         b_dec = None
     N, F = x.shape[0], W.shape[0]
     rows, columns = _tiles(N, F, k)
+    streamed = N >= STREAMED_ROWS and F > stream.TILE_COLUMNS and k <= stream.MAX_K
+    if streamed:
+        rows, columns = stream.TILE_ROWS, stream.TILE_COLUMNS
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         operand = x[part] if b_dec is None else x[part].float() - b_dec.float()
         operand, here = operand.to(dtype), (out[0][part], out[1][part])
+        if streamed:
+            _streamed(operand, W, bias, k, here)
+            continue
         if columns == F:
             select(product(operand, W), k, bias, active=True, into=here)
             continue
@@ -120,3 +127,11 @@ def _multiplied(x, W, b_enc, k: int, b_dec, out) -> None:
         select(
             torch.cat(winners, 1), k, columns=torch.cat(their_columns, 1), active=True, into=here
         )
+
+
+def _streamed(x, W, bias, k: int, out) -> None:
+    found = stream.lists(x.shape[0], x.device)
+    for first in range(0, W.shape[0], stream.TILE_COLUMNS):
+        h = product(x, W[first : first + stream.TILE_COLUMNS])
+        stream.offer(h, bias, found, first, k)
+    stream.finish(found, k, out)

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from fastsae.kernels.collect import OVERFLOW, Lists, _lower_keys
+from fastsae.kernels.ordered import _keys, _kth_largest
 from fastsae.kernels.screen import LANES, centred
-from fastsae.kernels.topk import _keys, _kth_largest
 from torch import Tensor
 
 TWO_STEPS = 64  # more rows are rescored in two steps; for fewer a launch costs more than it saves

@@ -6,15 +6,21 @@ t (about k of them) and keeps what reaches t. A row with too many survivors, bec
 because its large values sit in few groups, takes the slow path: the exact threshold by bisection
 over the whole row, then an ordered sweep. Nothing is ever truncated.
 
-Values are compared through ordered 32-bit keys: -0.0 equals 0.0, NaN is above +inf. Key and column
-are packed into one int64 (key · 2³¹ + 2³¹ - 1 - column): distinct numbers that order by value and
-break ties towards the lower column. A survivor's place is the number of survivors that beat it,
-which for a few hundred of them is cheaper to run and to compile than tl.sort.
+Survivors are packed as ordered.py says; a survivor's place is the number of those that beat it.
 """
 
 import torch
 import triton
 import triton.language as tl
+from fastsae.kernels.ordered import (
+    COARSE,
+    _keys,
+    _kth_largest,
+    _larger,
+    _pack,
+    _pad_row,
+    _ranked,
+)
 from fastsae.kernels.topk_wide import packed_keys, write_best
 from torch import Tensor
 
@@ -23,57 +29,18 @@ MAX_K = 1024  # larger k: torch.topk on the packed keys, which are distinct
 
 
 @triton.jit
-def _keys(x, inside, ACTIVE: tl.constexpr):
-    """Ordered uint32 keys of fp32 values; 0 where masked, or x <= 0 if only actives count."""
-    bits = x.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    sign = bits >> 31
-    key = tl.where(sign == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    # Integer tests: they see denormals as they are, whatever the flush mode of the compiler.
-    key = tl.where(magnitude == 0, tl.full([], 0x80000000, tl.uint32), key)
-    if ACTIVE:
-        key = tl.where(key > 0x80000000, key, tl.full([], 0, tl.uint32))
-    key = tl.where(magnitude > 0x7F800000, tl.full([], 0xFFFFFFFF, tl.uint32), key)
-    return tl.where(inside, key, tl.full([], 0, tl.uint32))
+def _load_values(row, bias, columns, F, HAS_BIAS: tl.constexpr):
+    """fp32 values; -inf past the last column."""
+    inside = columns < F
+    x = tl.load(row + columns, mask=inside, other=-float("inf")).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    return x
 
 
 @triton.jit
 def _load_keys(row, bias, columns, F, HAS_BIAS: tl.constexpr, ACTIVE: tl.constexpr):
-    inside = columns < F
-    x = tl.load(row + columns, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
-    return _keys(x, inside, ACTIVE)
-
-
-@triton.jit
-def _pack(keys, columns):
-    return (keys.to(tl.int64) << 31) | (0x7FFFFFFF - columns).to(tl.int64)
-
-
-@triton.jit
-def _kth_largest(keys, k, NG: tl.constexpr):
-    """Largest t such that at least k of the NG keys are >= t (0 when there are fewer than k keys).
-
-    Two bits at a time: the counts of the three candidates travel in one number, because the block
-    reduction, not the comparison, is what takes the time.
-    """
-    WIDTH: tl.constexpr = 10 if NG <= 512 else 14
-    COUNT: tl.constexpr = tl.int32 if NG <= 512 else tl.int64
-    t = tl.full([], 0, tl.uint32)
-    unit = tl.full([], 0x40000000, tl.uint32)
-    for _ in range(16):
-        first = t + unit
-        second = first + unit
-        third = second + unit
-        counts = (keys >= first).to(COUNT) + ((keys >= second).to(COUNT) << WIDTH)
-        counts += (keys >= third).to(COUNT) << (2 * WIDTH)
-        counts = tl.sum(counts, axis=0)
-        t = tl.where((counts & ((1 << WIDTH) - 1)) >= k, first, t)
-        t = tl.where(((counts >> WIDTH) & ((1 << WIDTH) - 1)) >= k, second, t)
-        t = tl.where((counts >> (2 * WIDTH)) >= k, third, t)
-        unit = unit >> 2
-    return t
+    return _keys(_load_values(row, bias, columns, F, HAS_BIAS), columns < F, ACTIVE)
 
 
 @triton.jit
@@ -161,24 +128,6 @@ def _collect_groups(
 
 
 @triton.jit
-def _pad_row(values, indices, k, active, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """Padding of a row with fewer than k actives: value 0, the lowest unused indices, ascending."""
-    candidate = tl.arange(0, KP)
-    used = tl.zeros([KP], tl.int32)
-    for start in range(0, active, BLOCK):
-        listed = start + tl.arange(0, BLOCK)
-        index = tl.load(indices + listed, mask=listed < active, other=-1)
-        used += tl.sum((candidate[None, :] == index[:, None]).to(tl.int32), axis=0)
-    free = ((used == 0) & (candidate < k)).to(tl.int32)
-    position = active + tl.cumsum(free, axis=0) - free
-    write = (free == 1) & (position < k)
-    # The barrier keeps the reads above ahead of these writes: both touch the same row of indices.
-    tl.debug_barrier()
-    tl.store(indices + position, candidate, mask=write)
-    tl.store(values + position, tl.zeros([KP], values.dtype.element_ty), mask=write)
-
-
-@triton.jit
 def _write_row(
     row,
     bias,
@@ -193,16 +142,10 @@ def _write_row(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes every survivor to its rank: the number of survivors (all distinct) that beat it."""
-    slot = tl.arange(0, C)
-    mine = tl.load(packed + slot, mask=slot < count, other=-1)
-    rank = tl.zeros([C], tl.int32)
-    for start in range(0, count, BLOCK):
-        listed = start + tl.arange(0, BLOCK)
-        other = tl.load(packed + listed, mask=listed < count, other=-1)
-        rank += tl.sum((other[:, None] > mine[None, :]).to(tl.int32), axis=0)
+    """Writes every survivor to its rank."""
+    mine, rank = _ranked(packed, count, C, BLOCK)
     index = (0x7FFFFFFF - (mine & 0x7FFFFFFF)).to(tl.int32)
-    write = (slot < count) & (rank < k)
+    write = (tl.arange(0, C) < count) & (rank < k)
     value = tl.load(row + index, mask=write, other=0.0)
     if HAS_BIAS:
         value = value.to(tl.float32) + tl.load(bias + index, mask=write, other=0.0).to(tl.float32)
@@ -245,13 +188,14 @@ def _select_kernel(
     indices += n * k
 
     # Pass 1: group g holds the columns i·NG·V + g·V + (0..V-1) for all i: contiguous wide loads,
-    # and the maxima stay in registers.
-    maxima = tl.zeros([NG], tl.uint32)
+    # and the maxima stay in registers. They are of numbers, one instruction each: keys take ten.
+    largest = tl.full([NG], -float("inf"), tl.float32)
     for start in range(0, F, NG * V):
-        keys = _load_keys(row, bias, start + tl.arange(0, NG * V), F, HAS_BIAS, ACTIVE)
-        maxima = tl.maximum(maxima, tl.max(tl.reshape(keys, [NG, V]), axis=1))
+        part = _load_values(row, bias, start + tl.arange(0, NG * V), F, HAS_BIAS)
+        largest = _larger(largest, tl.reduce(tl.reshape(part, [NG, V]), 1, _larger))
+    maxima = _keys(largest, tl.arange(0, NG) < NG, ACTIVE)
     # Key 0 means "no value": with the floor at 1 padding columns never count as survivors.
-    t = tl.maximum(_kth_largest(maxima, k, NG), tl.full([], 1, tl.uint32))
+    t = tl.maximum(_kth_largest(maxima, k, NG, COARSE), tl.full([], 1, tl.uint32))
 
     # Pass 2: list the groups that reach t and keep their survivors.
     reach = (maxima >= t).to(tl.int32)

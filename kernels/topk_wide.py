@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def packed_keys(h: Tensor, bias: Tensor | None, active: bool) -> Tensor:
-    """[N, F] int64 keys of h + bias, as `_pack(_keys(..))` of topk.py makes them; -1: no value."""
+    """[N, F] int64 keys of h + bias, as ordered.py's `_pack(_keys(..))`; -1: no value."""
     x = h.float() if bias is None else h.float() + bias.float()
     bits = x.view(torch.int32).long()
     key = torch.where(bits < 0, -1 - bits, bits + (1 << 31))  # bits are sign-extended here

@@ -317,7 +317,8 @@ def test_offsets_beyond_two_billion(tmp_path):
     features = screen.Features(*[zeros] * 8)
     listed = torch.zeros(FAR_ROWS, 64, dtype=torch.int32)
     arguments = (h, h, torch.zeros(2 * FAR_ROWS), *features, *found, listed)
-    sizes = {"NG": 64, "G": 8, "C": 16, "HAS_MAXIMA": False, "LIMIT": False, "BLOCK": 256}
+    flags = {"HAS_MAXIMA": False, "LIMIT": False, "UNIT": 1}
+    sizes = {"NG": 64, "G": 8, "C": 16, "BLOCK": 256, **flags}
     collect._collect_kernel[(FAR_ROWS,)](*arguments, 0, 300, FAR_WIDTH, 0, 5, 0.0, **sizes)
     assert found.counts[-1] >= 5
     kept = found.indices[-1, : found.counts[-1]].long()

@@ -1,0 +1,156 @@
+"""Selection from tiles that stream by, in Triton's interpreter, against the reference.
+
+Triton reads TRITON_INTERPRET when it is imported. Without it this file has one test, which runs
+the file again in a process that has it.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastsae.ops import reference
+
+pytest.importorskip("triton")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETING:
+    from fastsae.kernels import encode, stream
+
+
+def test_in_the_interpreter(run_again):
+    run_again(__file__)
+
+
+def special_rows(kind, n, f):
+    h = torch.randn(n, f)
+    if kind == "ties":
+        h = torch.randint(-2, 3, (n, f)).float()
+    elif kind == "constant":
+        h = torch.full((n, f), 1.5)
+    elif kind == "few positive":
+        h = torch.where(torch.rand(n, f) < 3 / f, h.abs(), -h.abs())
+    elif kind == "nothing positive":
+        h = -h.abs()
+    elif kind == "ascending":
+        h = torch.arange(1.0, f + 1).repeat(n, 1)
+    elif kind == "near ties":
+        h = 1 + torch.rand(n, f) * 3e-5
+    elif kind == "nan and infinity":
+        h[:, 3], h[:, f - 1], h[:, 1], h[:, 0] = torch.nan, torch.nan, torch.inf, -torch.inf
+    elif kind == "only nan":
+        h[:] = torch.nan
+    elif kind == "denormal":
+        h = torch.randint(-9, 9, (n, f)) * 1e-45
+    return h
+
+
+KINDS = (
+    "normal",
+    "ties",
+    "constant",
+    "few positive",
+    "nothing positive",
+    "ascending",
+    "near ties",
+    "nan and infinity",
+    "only nan",
+    "denormal",
+)
+
+
+def streamed(h, bias, k, starts):
+    """Tiles [start, next start) of h, in the order given."""
+    n, f = h.shape
+    ends = dict(zip(sorted(starts), [*sorted(starts)[1:], f], strict=True))
+    found = stream.lists(n, h.device)
+    for start in starts:
+        stream.offer(h[:, start : ends[start]].contiguous(), bias, found, start, k)
+    out = torch.full((n, k), 7.0), torch.full((n, k), -7, dtype=torch.int32)
+    stream.finish(found, k, out)
+    return out
+
+
+def check(h, bias, k, starts):
+    wanted = reference.relu_with_padding(*reference.topk(h + bias, k))
+    got = streamed(h, bias, k, starts)
+    assert torch.equal(got[1], wanted[1])
+    assert torch.equal(got[0].nan_to_num(-1), wanted[0].nan_to_num(-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [20, 128])
+def test_special_rows(kind, k):
+    h, bias = special_rows(kind, 1, 6000), torch.zeros(6000)
+    check(h, bias, k, [0, 4096])
+
+
+@pytest.mark.parametrize(
+    "starts,f",
+    [
+        ([0], 8192),  # a whole tile
+        ([0, 8192], 8193),  # whole and a single column: loads of single numbers
+        ([0, 4, 2052], 5000),
+        ([0, 1, 700], 1001),  # nothing is aligned
+        ([0, 3000, 1000, 2000], 4000),  # not in order: equals go by column all the same
+    ],
+)
+@pytest.mark.parametrize("k", [1, 33])
+def test_tiles(starts, f, k):
+    h, bias = torch.randint(-40, 40, (3, f)) / 8, torch.randint(-3, 4, (f,)) / 8
+    check(h, bias, k, starts)
+
+
+def test_what_was_in_the_lists_before_does_not_matter():
+    h, bias = torch.randn(2, 500), torch.randn(500)
+    found = stream.lists(2, h.device)
+    found.counts[:], found.floors[:] = 300, -1
+    out = torch.empty(2, 9), torch.empty(2, 9, dtype=torch.int32)
+    stream.offer(h, bias, found, 0, 9)
+    stream.finish(found, 9, out)
+    wanted = reference.relu_with_padding(*reference.topk(h + bias, 9))
+    assert torch.equal(out[0], wanted[0]) and torch.equal(out[1], wanted[1])
+
+
+def test_its_lists_only_are_written():
+    h, bias, C = torch.randn(3, 600), torch.randn(600), stream._CONFIG["C"]
+    packed = torch.full((3 * C + 2,), -7, dtype=torch.int64)
+    counts, floors = torch.full((2, 5), -7, dtype=torch.int32)
+    listed = torch.full((3 * stream._CONFIG["NG"] + 2,), -7, dtype=torch.int32)
+    stream._stream_kernel[(3,)](
+        h,
+        bias,
+        packed[1:],
+        counts[1:],
+        floors[1:],
+        listed[1:],
+        *(0, 150, 10),
+        FULL=False,
+        UNIT=4,
+        **stream._CONFIG,
+    )
+    for sentinels in (packed, counts, floors, listed):
+        assert sentinels[0] == sentinels[-1] == -7
+    assert (counts[1:4] >= 10).all()
+
+
+@pytest.mark.parametrize("k", [16, 129])
+def test_encode_streams(monkeypatch, k):
+    """Tiles of rows and of columns; a k that no list holds goes another way."""
+    x, W = torch.randint(-3, 4, (3, 16)).bfloat16(), torch.randint(-3, 4, (9001, 16)).bfloat16()
+    b, b_dec = torch.randint(-9, 9, (9001,)) / 4, torch.randint(-3, 4, (16,)).bfloat16()
+    wanted = reference.encode_topk(x, W, b, k, b_dec)
+    monkeypatch.setattr(encode, "FEW_ROWS", 0)
+    monkeypatch.setattr(encode, "STREAMED_ROWS", 2)
+    monkeypatch.setattr(stream, "TILE_ROWS", 2)
+    offered, offer = [], stream.offer
+    monkeypatch.setattr(stream, "offer", lambda *a: offered.append(a[0].shape) or offer(*a))
+    got = encode.encode_topk(x, W, b, k, b_dec)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    shapes = [(2, 8192), (2, 809), (1, 8192), (1, 809)]
+    assert offered == (shapes if k <= stream.MAX_K else [])
+
+
+if not INTERPRETING:  # only the test that starts the interpreter is left in this process
+    for _name in [n for n in globals() if n.startswith("test_") and n != "test_in_the_interpreter"]:
+        del globals()[_name]
