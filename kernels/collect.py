@@ -113,7 +113,7 @@ def _collect_kernel(
     LIMIT: members exceed the limit of their feature, else they are the k largest.
     """
     n = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + n)
+    count = tl.load(counts + n, mask=first > 0, other=0)
     if count == OVERFLOW:
         return
     first *= G
@@ -125,7 +125,8 @@ def _collect_kernel(
     listed += n * NG
     x_error = tl.load(bounds + 2 * n)
     x_norm = tl.load(bounds + 2 * n + 1)
-    floor = tl.load(floors + n).to(tl.uint32, bitcast=True)
+    floor = tl.load(floors + n, mask=first > 0, other=0).to(tl.uint32, bitcast=True)
+    floor = tl.maximum(floor, POSITIVE)
 
     # Groups of G neighbours: the largest pre-activation, and an error that holds for all of them.
     group = tl.arange(0, NG)
@@ -203,10 +204,10 @@ class Lists(NamedTuple):
 
 
 def lists(N: int, C: int, device: torch.device) -> Lists:
+    """Room for N lists; the tile that begins with feature 0 makes them empty."""
     heads, errors = torch.empty(2, N, C, device=device)
     indices = torch.empty(N, C, dtype=torch.int32, device=device)
-    counts = torch.zeros(N, dtype=torch.int32, device=device)
-    floors = torch.full((N,), POSITIVE.value - (1 << 32), dtype=torch.int32, device=device)
+    counts, floors = torch.empty(2, N, dtype=torch.int32, device=device)
     return Lists(heads, errors, indices, counts, floors)
 
 
@@ -230,8 +231,8 @@ def collect(
     """Offers a tile h [rows, width] of screened products (no bias) to the lists of its rows.
 
     `maxima` [rows, width / G]: the largest h + bias of every G features, NaN as infinity; else
-    they are taken here. Tiles of a row come in ascending order of `first`, a multiple of G. k = 0:
-    members are those above the limits of `features`.
+    they are taken here. Tiles of a row come in ascending order of `first`, a multiple of G, from 0.
+    k = 0: members are those above the limits of `features`.
     """
     n, width = h.shape
     unit = 4 if width % 4 == 0 and h.stride(0) % 4 == 0 else 1

@@ -33,14 +33,18 @@ def _seeds_kernel(
     exact,
     todo,
     todo_counts,
+    wrong,
     k,
     TWO: tl.constexpr,
     LIMIT: tl.constexpr,
     C: tl.constexpr,
 ):
     """Lists what the first rescoring computes: of the candidates left by a floor of the whole list
-    the k that screen best (marked by a negative error), or all. Nothing has an exact value yet."""
+    the k that screen best (marked by a negative error), or all. Nothing has an exact value yet, and
+    none is wrong."""
     n = tl.program_id(0).to(tl.int64)
+    if n == 0:
+        tl.store(wrong, 0)
     slot = tl.arange(0, C)
     at = n * C + slot
     count = tl.load(counts + n)
@@ -111,13 +115,14 @@ def _dot_kernel(
 ):
     """out[i, slot] of R entries of list i at a time, over the slices begin..end of D.
 
-    Row `rows[i]` of `centred` meets counts[i] features: those of the slots in `todo`, or, where
-    `listed` is 0, feature j in slot j. A listed value outside the bound of its screened one sets
-    `wrong`; one without a finite bound proves nothing.
+    Row i of `centred` meets counts[i] features, those of the slots in `todo`; where `listed` is 0
+    it is row rows[i], and feature j is in slot j. A listed value outside the bound of its screened
+    one sets `wrong`; one without a finite bound proves nothing.
     """
     i = tl.program_id(0).to(tl.int64)
     count = tl.load(counts + i)
-    x = centred + tl.load(rows + i) * stride
+    row = tl.load(rows + i, mask=listed == 0, other=0)
+    x = centred + tl.where(listed == 0, row, i) * stride
     lane = tl.arange(0, LANES)
     for start in range(tl.program_id(1) * R, count, programs * R):
         entry = start + tl.arange(0, R)
@@ -129,12 +134,12 @@ def _dot_kernel(
         feature = tl.where(listed != 0, feature, entry).to(tl.int64)
         into = out + i * out_stride + slot
         total = tl.load(into, mask=entry < tl.where(begin > 0, count, 0), other=0.0)
-        row = W + feature * D
+        weights = W + feature * D
         for part in tl.range(begin, end, num_stages=4):
             column = part * LANES + lane
             a = tl.load(x + column)
             mask = inside[:, None] & (column < D)[None, :]
-            w = tl.load(row[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            w = tl.load(weights[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
             total += tl.sum(a[None, :] * w, axis=1)
         if end == slices:
             total += tl.load(b_enc + feature, mask=inside, other=0.0).to(tl.float32)
@@ -148,7 +153,7 @@ def _dot_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _overflow_kernel(counts, wrong, stale, rows, entries, N, F, BLOCK: tl.constexpr):
-    """Lists the rows to compute whole, in order; each has F entries to compute.
+    """Lists the rows to compute whole, in order, then -1; each has F entries to compute.
 
     They are those whose candidates did not fit; all, where a value was `wrong`, and then the next
     call makes the copy anew.
@@ -165,6 +170,10 @@ def _overflow_kernel(counts, wrong, stale, rows, entries, N, F, BLOCK: tl.conste
         tl.store(rows + position, n.to(tl.int64), mask=full == 1)
         tl.store(entries + position, tl.zeros_like(n) + F, mask=full == 1)
         found += tl.sum(full, axis=0)
+    for start in range(found, N, BLOCK):
+        unused = start + tl.arange(0, BLOCK)
+        tl.store(rows + unused, tl.full([BLOCK], -1, tl.int64), mask=unused < N)
+        tl.store(entries + unused, tl.zeros([BLOCK], tl.int32), mask=unused < N)
 
 
 _DOT_CONFIG = {"R": 16, "LANES": LANES, "num_warps": 4}
@@ -224,12 +233,12 @@ def rescore(
     exact = torch.empty_like(lists.heads)
     todo = torch.empty_like(lists.indices)
     todo_counts = torch.empty_like(lists.counts)
-    rows = torch.arange(N, device=W.device)
-    wrong = torch.zeros(1, dtype=torch.int32, device=W.device)
+    rows = torch.empty(N, dtype=torch.int64, device=W.device)  # not read: list i is of row i
+    wrong = torch.empty(1, dtype=torch.int32, device=W.device)
     two = N > TWO_STEPS and k > 0
     state = (lists.heads, lists.errors, lists.counts, lists.floors, exact, todo, todo_counts)
     config = {"enable_fp_fusion": True, **_plan_config(C)}
-    _seeds_kernel[(N,)](*state, k, TWO=two, LIMIT=k == 0, **config)
+    _seeds_kernel[(N,)](*state, wrong, k, TWO=two, LIMIT=k == 0, **config)
     _dot(centred, W, b_enc, rows, todo_counts, exact, C, lists, todo, wrong)
     if two:
         _rest_kernel[(N,)](*state, k, **config)
@@ -248,8 +257,8 @@ def full_rows(
     where `wrong` is.
     """
     N, F = counts.shape[0], W.shape[0]
-    rows = torch.full((N,), -1, dtype=torch.int64, device=W.device)
-    entries = torch.zeros(N, dtype=torch.int32, device=W.device)
+    rows = torch.empty(N, dtype=torch.int64, device=W.device)
+    entries = torch.empty(N, dtype=torch.int32, device=W.device)
     _overflow_kernel[(1,)](counts, wrong, stale, rows, entries, N, F, **_OVERFLOW_CONFIG)
     for part, h in _batches(N, F, W.device):
         _dot(centred, W, b_enc, rows[part], entries[part], h, F, None, None, wrong)
@@ -283,6 +292,7 @@ def dots(v: Tensor, W: Tensor) -> Tensor:
 def _aot():
     row = {"heads": "*fp32:16", "errors": "*fp32:16", "counts": "*i32:16", "floors": "*i32:16"}
     plan = {**row, "exact": "*fp32:16", "todo": "*i32:16", "todo_counts": "*i32:16", "k": "i32"}
+    seeds = {**plan, "wrong": "*i32:16"}
     dot = {"centred": "*fp32:16", "b_enc": "*fp32:16", "rows": "*i64:16", "counts": "*i32:16"}
     dot |= {"todo": "*i32:16", "indices": "*i32:16", "out": "*fp32:16", "D": "i32:16"}
     dot |= {"stride": "i32:16", "out_stride": "i32", "C": "i32", "listed": "i32", "begin": "i32"}
@@ -298,10 +308,10 @@ def _aot():
 
     return [
         *(
-            case(_seeds_kernel, plan, _plan_config(c), TWO=True, LIMIT=False)
+            case(_seeds_kernel, seeds, _plan_config(c), TWO=True, LIMIT=False)
             for c in (512, 2048, 4096)
         ),
-        case(_seeds_kernel, plan, _plan_config(512), TWO=False, LIMIT=True),
+        case(_seeds_kernel, seeds, _plan_config(512), TWO=False, LIMIT=True),
         *(case(_rest_kernel, plan, _plan_config(c)) for c in (512, 2048, 4096)),
         *(case(_dot_kernel, dot | {"W": f"*{t}:16"}, _DOT_CONFIG) for t in ("fp32", "bf16")),
         case(_overflow_kernel, overflow | {"F": "i32:16"}, _OVERFLOW_CONFIG),

@@ -23,6 +23,16 @@ def _norm_above(squares, slack, least):
 
 
 @triton.jit
+def _any(flags, count):
+    """Whether one of `count` flags is not 0."""
+    found = tl.zeros([512], tl.int32)
+    for start in range(0, count, 512):
+        at = start + tl.arange(0, 512)
+        found |= tl.load(flags + at, mask=at < count, other=0)
+    return tl.max(found, axis=0) != 0
+
+
+@triton.jit
 def _sketch(bits, feature, inside, D, LINE: tl.constexpr):
     """A digest of LINE neighbouring weights (64 bytes) of each feature, at a place that differs."""
     lane = tl.arange(0, LINE)
@@ -102,7 +112,7 @@ def _round_block(
         tl.store(digests + feature, _sketch(bits, feature, inside, D, LINE), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _copy_kernel(
     W,
     bits,
@@ -114,6 +124,7 @@ def _copy_kernel(
     products,
     digests,
     changed,
+    parts,
     F,
     D,
     slack,
@@ -126,10 +137,10 @@ def _copy_kernel(
     BD: tl.constexpr,
 ):
     """Rounds all features, BF at a time: KIND "bf16", "int8" (a scale per BD columns) or "same" (no
-    copy). AGAIN: only where `changed` says so, and without digests: who has read those of weights
-    that changed must not find the new ones before all of the copy is new."""
+    copy). AGAIN: only where one of the `parts` of `changed` says so, and without digests: who has
+    read those of weights that changed must not find the new ones before all of the copy is new."""
     if AGAIN:
-        if tl.load(changed) == 0:
+        if not _any(changed, parts):
             return
     for block in range(tl.program_id(0), tl.cdiv(F, BF), tl.num_programs(0)):
         feature = tl.cast(block, tl.int64) * BF + tl.arange(0, BF)
@@ -252,7 +263,7 @@ def _aot():
         pointers = [(W, "W"), (bits, "bits"), ("fp32", "centre scales norms lost products")]
         pointers += [("i64", "digests"), ("i8" if kind == "int8" else "bf16", "copy")]
         pointers += [("i32", "changed")]
-        numbers = {"i32:16": "F D", "fp32": "slack least"}
+        numbers = {"i32": "parts", "i32:16": "F D", "fp32": "slack least"}
         line = 16 if bits == "i32" else 32
         flags = {"HAS_CENTRE": True, "KIND": kind, "AGAIN": again, "LINE": line, "BD": width}
         return case(_copy_kernel, COPY_CONFIG, pointers, numbers, **flags)

@@ -23,6 +23,7 @@ from fastsae.kernels.rounding import (
     COPY_CONFIG,
     LANES,
     ROWS_CONFIG,
+    _any,
     _copy_kernel,
     _rows_kernel,
     _sketch,
@@ -51,7 +52,7 @@ def _changed_kernel(
     tl.store(changed + tl.program_id(0), tl.maximum(tl.max(differs.to(tl.int32), axis=0), known))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _features_kernel(
     changed,
     now,
@@ -68,20 +69,22 @@ def _features_kernel(
     group_norms,
     group_lost,
     group_limits,
+    parts,
     F,
     COMPARED: tl.constexpr,
     HAS_LIMIT: tl.constexpr,
     G: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What selection reads of BLOCK features, and the extremes of their groups of G.
+    """What selection reads of BLOCK features, padding too, and the extremes of groups of G.
 
-    COMPARED: `changed` says whether the copy was made anew; then its digests are those of `now`.
+    COMPARED: the `parts` of `changed` say whether the copy was made anew; then its digests are
+    those of `now`.
     """
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < F
     if COMPARED:
-        if tl.load(changed) != 0:
+        if _any(changed, parts):
             tl.store(digests + feature, tl.load(now + feature, mask=inside), mask=inside)
             tl.store(stale, 0)
     error = tl.load(lost + feature)
@@ -194,6 +197,7 @@ def _round(W: Tensor, w: Weights, changed: Tensor | None) -> None:
         w.products,
         w.digests,
         w.stale if changed is None else changed,
+        0 if changed is None else changed.shape[0],
         F,
         D,
         (D / width + width + 16) * 2 * UNIT,
@@ -209,15 +213,14 @@ def _round(W: Tensor, w: Weights, changed: Tensor | None) -> None:
 
 
 def _renew(W: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-    """Makes a copy anew if W has changed: (int32 [1], whether; int64 [F], the digests then)."""
+    """Makes a copy anew if W has changed: (int32, one not 0 if so; int64 [F], the digests then)."""
     F, D = W.shape
     grid = (triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)
-    parts = torch.empty(grid, dtype=torch.int32, device=W.device)
+    changed = torch.empty(grid, dtype=torch.int32, device=W.device)
     now = torch.empty_like(w.digests)
     _changed_kernel[grid](
-        _bits(W), w.digests, now, w.stale, parts, F, D, LINE=_line(W), **_FEATURES_CONFIG
+        _bits(W), w.digests, now, w.stale, changed, F, D, LINE=_line(W), **_FEATURES_CONFIG
     )
-    changed = parts.amax(0, keepdim=True)
     _round(W, w, changed)
     return changed, now
 
@@ -245,9 +248,9 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
     """
     F, padded = W.shape[0], w.norms.shape[0]
     changed, now = _renew(W, w) if w.compared else (w.stale, w.digests)
-    bias, limits = torch.zeros(2, padded, device=W.device).unbind(0)
-    groups = torch.zeros(4, padded // G, device=W.device).unbind(0)
-    _features_kernel[(triton.cdiv(F, _FEATURES_CONFIG["BLOCK"]),)](
+    bias, limits = torch.empty(2, padded, device=W.device)
+    groups = torch.empty(4, padded // G, device=W.device)
+    _features_kernel[(padded // _FEATURES_CONFIG["BLOCK"],)](
         changed,
         now,
         w.digests,
@@ -260,6 +263,7 @@ def features(W: Tensor, w: Weights, b_enc: Tensor, threshold: Tensor | None, G: 
         bias,
         limits,
         *groups,
+        changed.shape[0],
         F,
         COMPARED=w.compared,
         HAS_LIMIT=threshold is not None,
@@ -322,7 +326,7 @@ def _aot(G: int, limit: bool):
     floats = "b_enc products threshold norms lost bias limits group_bias group_norms"
     pointers = dict.fromkeys([*floats.split(), "group_lost", "group_limits"], "*fp32:16")
     pointers |= {"changed": "*i32:16", "now": "*i64:16", "digests": "*i64:16", "stale": "*i32:16"}
-    pointers |= {"F": "i32:16"}
+    pointers |= {"parts": "i32", "F": "i32:16"}
     constexprs = {"COMPARED": True, "HAS_LIMIT": limit, "G": G, "BLOCK": _FEATURES_CONFIG["BLOCK"]}
     options = {"num_warps": _FEATURES_CONFIG["num_warps"]}
     return _features_kernel, pointers, constexprs, options

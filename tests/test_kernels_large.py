@@ -90,7 +90,7 @@ def test_copies_of_weights(far, program, kind):
     arguments = (W, W.view(torch.int32), W, copy, scales, norms, lost, products, digests, one)
     for again in (False, True):
         program(block)
-        rounding._copy_kernel[(1,)](*arguments, ROWS, WIDTH, 1e-3, 0.0, AGAIN=again, **flags)
+        rounding._copy_kernel[(1,)](*arguments, 1, ROWS, WIDTH, 1e-3, 0.0, AGAIN=again, **flags)
         rounded = row_of(copies, last, dtype=copy.dtype).float()
         assert norms[last] == pytest.approx(float(w.norm()), rel=1e-3)
         if kind == "bf16":
@@ -178,14 +178,15 @@ def test_lists_of_candidates(far, program):
     floors = torch.full((ROWS,), -(1 << 31), dtype=torch.int32)
     row_of(heads, last)[:9] = torch.arange(9.0)
     row_of(errors, last)[:9] = 1.2
-    state = (head, error, counts, floors, exact, todo, todo_counts, 3)
+    state = (head, error, counts, floors, exact, todo, todo_counts)
+    wrong = torch.zeros(1, dtype=torch.int32)
     config = {"C": C, "num_warps": 16}
     program(last)
-    rescore._seeds_kernel[(1,)](*state, TWO=True, LIMIT=False, **config)
+    rescore._seeds_kernel[(1,)](*state, wrong, 3, TWO=True, LIMIT=False, **config)
     found = row_of(listed, last, dtype=torch.int32)
     assert found[: todo_counts[last]].tolist() == [6, 7, 8]
     row_of(values, last)[6:9] = torch.tensor([6.0, 7.0, 8.0])
-    rescore._rest_kernel[(1,)](*state, **config)
+    rescore._rest_kernel[(1,)](*state, 3, **config)
     assert found[: todo_counts[last]].tolist() == [5]
 
 

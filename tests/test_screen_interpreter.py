@@ -312,16 +312,17 @@ def test_offsets_beyond_two_billion(tmp_path):
     assert torch.equal(values[1, : counts[1]], wanted[wanted > 0])
 
     found = collect.lists(FAR_ROWS, 16, h.device)
-    found.counts[:-1] = -1
+    found.counts[:-1], found.counts[-1], found.floors[:] = -1, 0, 0
     zeros = torch.zeros(1024)
     features = screen.Features(*[zeros] * 8)
     listed = torch.zeros(FAR_ROWS, 64, dtype=torch.int32)
     arguments = (h, h, torch.zeros(2 * FAR_ROWS), *features, *found, listed)
     flags = {"HAS_MAXIMA": False, "LIMIT": False, "UNIT": 1}
     sizes = {"NG": 64, "G": 8, "C": 16, "BLOCK": 256, **flags}
-    collect._collect_kernel[(FAR_ROWS,)](*arguments, 0, 300, FAR_WIDTH, 0, 5, 0.0, **sizes)
+    # Not the first tile, which would make the lists empty: features 8 and on.
+    collect._collect_kernel[(FAR_ROWS,)](*arguments, 1, 300, FAR_WIDTH, 0, 5, 0.0, **sizes)
     assert found.counts[-1] >= 5
-    kept = found.indices[-1, : found.counts[-1]].long()
+    kept = found.indices[-1, : found.counts[-1]].long() - 8
     assert set(wanted.topk(5).indices.tolist()) <= set(kept.tolist())
     assert torch.equal(found.heads[-1, : len(kept)], wanted[kept])
 
