@@ -42,8 +42,14 @@ def _targets() -> Iterable[GpuTarget]:
     for n, limit in ((1, 0.195), (16, 0.195), (64, 0.205)):
         yield GpuTarget("encode_topk", {"N": n, **half}, limit)
         yield GpuTarget("encode_topk", {"N": n, **half}, 1 / 1.4, mm_topk, "mm + topk")
-    wide = {"N": 1024, **half, "dtype": "float32"}
-    yield GpuTarget("encode_topk", wide, 1 / 4, mm_topk, "fp32 mm + topk")
+    narrow = {"N": 16384, **half, "D": 768}
+    yield GpuTarget("encode_topk", narrow, 1 / 2.8, mm_topk, "mm + topk")
+    yield GpuTarget("encode_topk", narrow, 1.25, (MM_BF16,), "torch.mm alone")
+    full = {**half, "dtype": "float32"}  # certified: int8 up to 16 rows, then bf16
+    for n, limit in ((1, 0.110), (8, 0.120), (16, 0.130)):
+        yield GpuTarget("encode_topk", {"N": n, **full}, limit)
+    yield GpuTarget("encode_topk", {"N": 1024, **full}, 1 / 4, mm_topk, "fp32 mm + topk")
+    yield GpuTarget("encode_topk", {"N": 1024, **full}, 1.35, (MM_BF16,), "bf16 torch.mm alone")
     for n, limit in ((1, 0.004), (64, 0.010), (4096, 0.36), (16384, 1.1)):
         yield GpuTarget("decode", {"N": n, **half}, limit)
         yield GpuTarget("decode", {"N": n, **half}, 1 / 1.4, ("sparsify", "sparsify graph"))
