@@ -14,10 +14,11 @@ in L2. Nothing synchronises with the host.
 import torch
 from fastsae.kernels import rescore, screen, stream
 from fastsae.kernels.candidates import candidates
-from fastsae.kernels.matmul import WORKSPACE_BYTES, full_fp32, product
+from fastsae.kernels.matmul import full_fp32, product
 from fastsae.kernels.topk import MAX_K, select
 from torch import Tensor
 
+WORKSPACE_BYTES = 64 << 20  # of a tile, where rows are few
 CELL = 4096  # columns of a tile that is selected from
 HALVES = (torch.bfloat16, torch.float16)
 STREAMED_ROWS = 512  # fewer rows do not fill a GPU with a program each

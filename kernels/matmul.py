@@ -8,9 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WORKSPACE_BYTES = 64 << 20
-
-
 _lock = threading.Lock()
 _users = 0
 _restore: list[Callable[[], None]] = []

@@ -1,7 +1,7 @@
 """Mutual-information scores and the best words of every feature, by tiles of the logits L = ⟨f, w⟩
 / T.
 
-[F, V] never exists: a tile of whole feature rows (at most 64 MB) comes from cuBLAS in full fp32.
+[F, V] never exists: a tile of whole feature rows (34 MB, which L2 holds) comes from cuBLAS in fp32.
 The first sweep reduces tiles to column log-sum-exps through partial (maximum, sum) pairs that are
 combined in a fixed order, without locks; the second recomputes the tile (or keeps it, when there is
 one tile only), scores it in place and selects. The row log-sum-exp falls out of the scoring kernel.
@@ -12,10 +12,11 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastsae.kernels.matmul import WORKSPACE_BYTES, full_fp32, product
+from fastsae.kernels.matmul import full_fp32, product
 from fastsae.kernels.topk import select
 from torch import Tensor
 
+TILE_BYTES = 34 << 20
 OBJECTIVES = {"logit": 0, "pmi": 1, "mi": 2, "paper": 3}
 
 
@@ -159,7 +160,7 @@ def mi_topk(
 
     features [F, D], words [V, D]; L = ⟨f, w⟩ / T. "mi": p(v|f) (log p(f|v) + log F); "pmi": log
     p(f|v); "paper": p(v|f) log p(f|v); "logit": ⟨f, w⟩. Ties go to the lower index. Cost: two GEMM
-    sweeps (one for "logit" or when the logits fit one tile of 64 MB). Operands that are both
+    sweeps (one for "logit" or when the logits fit one tile of 34 MB). Operands that are both
     bfloat16 or both float16 go to tensor cores, whose products of them are exact in fp32; all
     others are multiplied in full fp32.
     """
@@ -171,7 +172,9 @@ def mi_topk(
     f, w = features, words
     if f.dtype != w.dtype:
         f, w = f.float(), w.float()
-    rows = max(1, WORKSPACE_BYTES // (4 * V))
+    rows = max(1, TILE_BYTES // (4 * V))
+    if rows > 128:
+        rows -= rows % 128  # a product works by as many rows: a few more would cost as many
     parts = [slice(start, min(start + rows, F)) for start in range(0, F, rows)]
     with full_fp32(f.device):
         raw = product(f[parts[0]], w)

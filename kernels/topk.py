@@ -155,7 +155,7 @@ def _write_row(
     tl.store(indices + rank, index, mask=write)
 
 
-@triton.jit(do_not_specialize=["k"])
+@triton.jit(do_not_specialize=["F", "k"])
 def _select_kernel(
     x,
     bias,
@@ -170,13 +170,17 @@ def _select_kernel(
     MAPPED: tl.constexpr,
     ACTIVE: tl.constexpr,
     PLACED: tl.constexpr,
+    UNIT: tl.constexpr,
     NG: tl.constexpr,
     V: tl.constexpr,
+    U: tl.constexpr,
     C: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One row of UNIT·F columns: UNIT tells the compiler how many it may load at once."""
     n = tl.program_id(0).to(tl.int64)
+    F *= UNIT
     row = x + n * F
     columns += n * F
     packed += n * 2 * C
@@ -187,12 +191,15 @@ def _select_kernel(
     values += n * k
     indices += n * k
 
-    # Pass 1: group g holds the columns i·NG·V + g·V + (0..V-1) for all i: contiguous wide loads,
-    # and the maxima stay in registers. They are of numbers, one instruction each: keys take ten.
+    # Pass 1: group g holds the columns i·NG·V + g·V + (0..V-1) for all i: V fill one load, so that
+    # a thread holds whole groups, and U loads are under way together. The maxima are of numbers,
+    # one instruction each: keys take ten.
     largest = tl.full([NG], -float("inf"), tl.float32)
-    for start in range(0, F, NG * V):
-        part = _load_values(row, bias, start + tl.arange(0, NG * V), F, HAS_BIAS)
-        largest = _larger(largest, tl.reduce(tl.reshape(part, [NG, V]), 1, _larger))
+    for start in range(0, F, U * NG * V):
+        for u in tl.static_range(U):
+            column = start + u * (NG * V) + tl.arange(0, NG * V)
+            part = _load_values(row, bias, column, F, HAS_BIAS)
+            largest = _larger(largest, tl.reduce(tl.reshape(part, [NG, V]), 1, _larger))
     maxima = _keys(largest, tl.arange(0, NG) < NG, ACTIVE)
     # Key 0 means "no value": with the floor at 1 padding columns never count as survivors.
     t = tl.maximum(_kth_largest(maxima, k, NG, COARSE), tl.full([], 1, tl.uint32))
@@ -221,24 +228,29 @@ def _select_kernel(
             _pad_row(values, indices, k, active, C, RANK)
 
 
-def _config(N: int, F: int, k: int) -> dict:
-    """NG groups of runs of V columns, capacity C for survivors, warps: for N rows of F columns.
+def _config(N: int, F: int, k: int, item: int) -> dict:
+    """NG groups of runs of V columns, capacity C for survivors, warps: for N rows of F columns of
+    `item` bytes.
 
     Many rows: small programs, so that one row's bisection overlaps another's loads. Few: wide ones.
     """
-    NG, V, warps = (512, 8, 4) if k <= 64 else (1024, 8, 8) if k <= 128 else (2048, 4, 8)
+    NG, warps = (512, 4) if k <= 64 else (1024, 8) if k <= 128 else (2048, 8)
     if k > 256:
-        NG, V, warps = 4096, 4, 16
+        NG, warps = 4096, 16
     elif N < 512:
-        V, warps = min(4 * V, 16384 // NG), 16
+        warps = 16
+    unit = next(u for u in (8, 4, 1) if F % u == 0)
+    V = min(16 // item, unit, 4 if NG > 1024 else 8)
     while V > 1 and F // V < 8 * k:  # smaller groups, or pruning would keep most of the row
         V //= 2
     C = max(32, triton.next_power_of_2(2 * k))
     block = 128 * warps
     rank = max(2, 512 * warps // C)  # survivors compared at a time: 16 comparisons per thread
+    U = max(1, 1024 * warps // (NG * V))  # 32 columns per thread
     # Without an explicit limit ptxas spills a scalar or two to reach a higher occupancy.
     options = {"num_warps": warps, "maxnreg": 128}
-    return {"NG": NG, "V": V, "C": C, "RANK": rank, "BLOCK": block, **options}
+    sizes = {"UNIT": unit, "NG": NG, "V": V, "U": U, "C": C, "RANK": rank, "BLOCK": block}
+    return sizes | options
 
 
 def select(
@@ -267,7 +279,7 @@ def select(
     )
     if N == 0:
         return values, indices
-    config = _config(N, F, min(k, MAX_K))
+    config = _config(N, F, min(k, MAX_K), h.element_size())
     C = config["C"]
     rows = max(1, SCRATCH_BYTES // (16 * C if k <= MAX_K else 24 * F))
     for start in range(0, N, rows):
@@ -287,7 +299,7 @@ def select(
                 indices[part] if places is None else indices,
                 packed,
                 packed if places is None else places[part],
-                F,
+                F // config["UNIT"],
                 k,
                 HAS_BIAS=bias is not None,
                 MAPPED=columns is not None,
@@ -311,16 +323,21 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _aot(dtype: str, N: int, F: int, k: int, *flags: str):
     """One compile case: what `select` launches for N rows of F columns and k winners."""
-    config = _config(N, F, k)
+    config = _config(N, F, k, 4 if dtype == "fp32" else 2)
     options = {name: config.pop(name) for name in ("num_warps", "maxnreg")}
     constexprs = {flag: flag in flags for flag in ("HAS_BIAS", "MAPPED", "ACTIVE", "PLACED")}
     integers = {"columns": "*i32:16", "indices": "*i32:16", "packed": "*i64:16"}
     integers["places"] = "*i64:16"
     signature = dict.fromkeys(("x", "bias", "values"), f"*{dtype}:16") | integers
-    return _select_kernel, signature | {"F": "i32:16", "k": "i32"}, constexprs | config, options
+    # Without NaN they would be lost; flushed denormals would raise the bound above what there is.
+    wanted = (".NAN", "!.ftz", *(["LDG.E.128|LDG.E.64"] if config["V"] > 1 else []))
+    integers = {"F": "i32", "k": "i32"}
+    expected = {"sm_80": wanted, "sm_90": wanted}
+    return _select_kernel, signature | integers, constexprs | config, options, expected
 
 
-# Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options).
+# Compile cases for benchmarks/gpu_compile.py: (kernel, signature, constexprs, options, what the
+# code of an architecture must hold).
 AOT = [
     _aot("bf16", 4096, 65536, 32),
     _aot("fp32", 4096, 65536, 32, "HAS_BIAS", "ACTIVE"),
@@ -332,4 +349,6 @@ AOT = [
     _aot("fp32", 1024, 512, 32, "MAPPED", "ACTIVE"),
     _aot("fp32", 1024, 2048, 1000, "MAPPED", "ACTIVE"),
     _aot("fp32", 256, 65536, 32, "ACTIVE", "PLACED"),
+    _aot("fp32", 3328, 5000, 20),
+    _aot("bf16", 3328, 5001, 20),
 ]

@@ -115,10 +115,20 @@ def test_select_writes_its_rows_only():
     x = torch.randn(3, 300)
     wanted = reference.topk(x, 10)
     values, indices = torch.full((61,), 7.0), torch.full((61,), -7, dtype=torch.int32)
-    config = topk._config(3, 300, 10)
+    config = topk._config(3, 300, 10, 4)
     packed = torch.full((3 * 2 * config["C"] + 2,), -7, dtype=torch.int64)
     flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False, "PLACED": False}
-    arguments = (x, x, indices, values[13:], indices[13:], packed[1:], packed, 300, 10)
+    arguments = (
+        x,
+        x,
+        indices,
+        values[13:],
+        indices[13:],
+        packed[1:],
+        packed,
+        300 // config["UNIT"],
+        10,
+    )
     topk._select_kernel[(3,)](*arguments, **flags, **config)
     assert torch.equal(values[13:43], wanted[0].flatten())
     assert torch.equal(indices[13:43], wanted[1].flatten())
@@ -296,7 +306,7 @@ def test_sparse_outer_of_hot_features():
 @pytest.mark.parametrize("f,v,d,workspace", [(6, 131, 64, None), (11, 50, 7, 50 * 4 * 4)])
 def test_mi(objective, f, v, d, workspace, monkeypatch):
     if workspace:  # three tiles of four features
-        monkeypatch.setattr(mi, "WORKSPACE_BYTES", workspace)
+        monkeypatch.setattr(mi, "TILE_BYTES", workspace)
     features, words = torch.randn(f, d), torch.randn(v, d)
     arguments = (features, words, 5, objective, 3.0)
     scores, indices = mi.mi_topk(*arguments)

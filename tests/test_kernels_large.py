@@ -336,7 +336,7 @@ def test_steered_rows(far, program):
 def test_packed_survivors(far, program):
     """The scratch of a selection: rows of 2 C numbers of 64 bits."""
     C, last = 2048, ROWS - 1
-    config = {**topk._config(1, WIDTH, 1000), "C": C}
+    config = {**topk._config(1, WIDTH, 1000, 4), "C": C}
     space, x = far("x", ROWS * WIDTH)
     values, value = far("values", ROWS * WIDTH)
     indices, index = far("indices", ROWS * WIDTH, torch.int32)
@@ -346,7 +346,10 @@ def test_packed_survivors(far, program):
     flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False, "PLACED": False}
     program(last)
     topk._select_kernel[(1,)](
-        x, x, index, value, index, packed, packed, WIDTH, k, **flags, **config
+        *(x, x, index, value, index, packed, packed),
+        *(WIDTH // config["UNIT"], k),
+        **flags,
+        **config,
     )
     wanted = row_of(space, last).topk(k)
     assert torch.equal(row_of(values, last, k), wanted.values)

@@ -295,7 +295,7 @@ def test_offsets_beyond_two_billion(tmp_path):
     places[-1] = 1
 
     values, indices = torch.zeros(2, 7), torch.zeros(2, 7, dtype=torch.int32)
-    config = topk._config(FAR_ROWS, FAR_WIDTH, 7)
+    config = {**topk._config(FAR_ROWS, FAR_WIDTH, 7, 4), "UNIT": 1}
     packed, packed_small = far(tmp_path / "packed", FAR_ROWS * 2 * config["C"], "int64")
     flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": True, "PLACED": True}
     arguments = (h, h, indices, values, indices, packed_small, places, FAR_WIDTH, 7)
