@@ -29,6 +29,7 @@ from fastsae.ops.backend import supported
 
 N, D, F, K, V = 16, 256, 2048, 16, 500
 MANY = 128  # rows that other kernels take: cuBLAS screens, and rows share the weights they read
+STREAMED = (600, 9000)  # rows and features of products that stream by in tiles
 
 
 def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor], Callable]]:
@@ -41,6 +42,8 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor]
     theta, full, W = torch.ones(F, device=device), x.float(), c.W.float()
     rows, more = randn(MANY, D, device=device), torch.rand(MANY, device=device)
     places = (torch.arange(MANY, device=device) % 2).int()
+    wide, large = (randn(n, D, device=device, dtype=dtype) for n in STREAMED)
+    bias = randn(STREAMED[1], device=device)
 
     def encode(name):
         return ops.encode_topk(x, c.W, b, K, backend=name)
@@ -59,6 +62,10 @@ def calls(device: str, dtype: torch.dtype) -> dict[str, tuple[list[torch.Tensor]
         "encode_topk, many rows": (
             [rows, b],
             lambda name: ops.encode_topk(rows, W, b, K, backend=name),
+        ),
+        "encode_topk, streamed": (
+            [wide, bias],
+            lambda name: ops.encode_topk(wide, large, bias, K, backend=name),
         ),
         "encode_threshold_padded": ([x, b], encode_padded),
         "decode": ([c.values], lambda name: ops.decode(c.values, c.indices, c.W, backend=name)),

@@ -96,6 +96,13 @@ def test_topk_many_rows(encode_sample, as_good_as_torch, d, kind, device, backen
     check_topk(s, 19, backend, as_good_as_torch)
 
 
+@pytest.mark.parametrize("f", [9001, 16384])
+def test_topk_of_many_half_rows(encode_sample, as_good_as_torch, f, device, backend):
+    """Products that stream by in tiles on a GPU, the last one ragged or whole."""
+    s = encode_sample(600, 64, f, dtype=torch.bfloat16, weights=torch.bfloat16, device=device)
+    check_topk(s, 16, backend, as_good_as_torch)
+
+
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("k", [1, 700, 1500, 1501])
 def test_topk_every_size_of_k(encode_sample, as_good_as_torch, n, k, device, backend):
