@@ -212,9 +212,10 @@ def lists(N: int, C: int, device: torch.device) -> Lists:
 
 
 def _config(C: int, NG: int, G: int) -> dict:
-    """Enough warps that a list and all groups stay in registers."""
-    warps = 16 if C > 1024 else 4 if NG * G <= 4096 else 8
-    return {"BLOCK": min(512, 64 * warps), "num_warps": warps, "maxnreg": 128}
+    """Enough warps that a list and all groups stay in registers; a decoding step, whose few rows
+    take few programs, has large ones."""
+    warps = 16 if C > 1024 or NG * G > 8192 else 4 if NG * G <= 4096 else 8
+    return {"BLOCK": 64 * warps, "num_warps": warps, "maxnreg": 128}
 
 
 def collect(
