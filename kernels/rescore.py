@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastsae.kernels.collect import OVERFLOW, Lists, _lower_keys
-from fastsae.kernels.ordered import _keys, _kth_largest
+from fastsae.kernels.ordered import COARSE, _keys, _kth_largest
 from fastsae.kernels.screen import LANES, centred
 from torch import Tensor
 
@@ -40,8 +40,8 @@ def _seeds_kernel(
     C: tl.constexpr,
 ):
     """Lists what the first rescoring computes: of the candidates left by a floor of the whole list
-    the k that screen best (marked by a negative error), or all. Nothing has an exact value yet, and
-    none is wrong."""
+    about k that screen best (marked by a negative error), or all. Nothing has an exact value yet,
+    and none is wrong."""
     n = tl.program_id(0).to(tl.int64)
     if n == 0:
         tl.store(wrong, 0)
@@ -54,12 +54,12 @@ def _seeds_kernel(
         s = tl.load(heads + at, mask=inside, other=0.0)
         e = tl.load(errors + at, mask=inside, other=0.0)
         floor = tl.load(floors + n).to(tl.uint32, bitcast=True)
-        floor = tl.maximum(floor, _kth_largest(_lower_keys(s, e, inside), k, C))
+        floor = tl.maximum(floor, _kth_largest(_lower_keys(s, e, inside), k, C, COARSE))
         keep = _keys(s + e, inside, True) >= floor
         chosen = keep.to(tl.int32)
         if TWO:
             keys = _keys(s, keep, False)
-            chosen = (keep & (keys >= _kth_largest(keys, k, C))).to(tl.int32)
+            chosen = (keep & (keys >= _kth_largest(keys, k, C, COARSE))).to(tl.int32)
             tl.store(errors + at, tl.where(chosen == 1, -e, e), mask=inside)
             tl.store(floors + n, floor.to(tl.int32, bitcast=True))
     position = tl.cumsum(chosen, axis=0) - chosen
@@ -80,7 +80,7 @@ def _rest_kernel(heads, errors, counts, floors, exact, todo, todo_counts, k, C: 
     value = tl.load(exact + at, mask=inside, other=0.0)
     floor = tl.load(floors + n).to(tl.uint32, bitcast=True)
     seed = inside & (e < 0)
-    floor = tl.maximum(floor, _kth_largest(_keys(value, seed, True), k, C))
+    floor = tl.maximum(floor, _kth_largest(_keys(value, seed, True), k, C, COARSE))
     rest = inside & (seed == 0)
     chosen = (_keys(s + e, rest, True) >= floor).to(tl.int32)
     position = tl.cumsum(chosen, axis=0) - chosen

@@ -12,7 +12,13 @@ LANES = 128  # columns of a slice of the rescoring dot; rows of `Rows.centred` a
 BLOCK8 = 64  # weights that share a scale in the int8 copy
 HUGE = tl.constexpr(1e18)  # larger norms could overflow inside a product
 COPY_CONFIG = {"BF": 16, "num_warps": 4}
-ROWS_CONFIG = {"BD": 1024, "num_warps": 4}
+
+
+def rows_config(N: int, D: int) -> dict:
+    """Columns of x at a time. Few rows take as long as one: it is read at once."""
+    if N > 64:
+        return {"BD": 1024, "num_warps": 4}
+    return {"BD": max(512, min(4096, triton.next_power_of_2(D))), "num_warps": 16}
 
 
 @triton.jit
@@ -268,12 +274,12 @@ def _aot():
         flags = {"HAS_CENTRE": True, "KIND": kind, "AGAIN": again, "LINE": line, "BD": width}
         return case(_copy_kernel, COPY_CONFIG, pointers, numbers, **flags)
 
-    def rows(words):
+    def rows(words, N):
         pointers = [("fp32", "x b_dec centre centred scales bounds")]
         pointers += [("i8" if words else "bf16", "rounded low")]
         numbers = {"i32:16": "D stride width", "fp32": "screened rescored slack least"}
         flags = {"HAS_B": True, "HAS_CENTRE": True, "WORDS": words}
-        return case(_rows_kernel, ROWS_CONFIG, pointers, numbers, **flags)
+        return case(_rows_kernel, rows_config(N, 4096), pointers, numbers, **flags)
 
     return [
         copy("bf16", "fp32", "i32", LANES, False),
@@ -281,7 +287,7 @@ def _aot():
         copy("int8", "fp32", "i32", BLOCK8, False),
         copy("int8", "fp32", "i32", BLOCK8, True),
         copy("same", "bf16", "i16", LANES, True),
-        *(rows(words) for words in (False, True)),
+        *(rows(words, N) for words in (False, True) for N in (1, 4096)),
     ]
 
 

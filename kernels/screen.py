@@ -22,11 +22,11 @@ from fastsae.kernels.rounding import (
     BLOCK8,
     COPY_CONFIG,
     LANES,
-    ROWS_CONFIG,
     _any,
     _copy_kernel,
     _rows_kernel,
     _sketch,
+    rows_config,
 )
 from torch import Tensor
 
@@ -288,6 +288,7 @@ def rows(x: Tensor, b_dec: Tensor | None, w: Weights) -> Rows:
     centre = w.centre.numel() > 0
     # Integer sums over a block are exact; fp32 adds one rounded product a block.
     terms = blocks + 8 if words else 4 * (D + 8)
+    config = rows_config(N, D)
     if N:
         _rows_kernel[(N,)](
             x,
@@ -303,13 +304,13 @@ def rows(x: Tensor, b_dec: Tensor | None, w: Weights) -> Rows:
             width,
             1.04 * terms * UNIT,
             (D / (BLOCK8 if words else LANES) + LANES + 8) * UNIT,  # <c, w> of int8 copies: BLOCK8
-            (D / ROWS_CONFIG["BD"] + ROWS_CONFIG["BD"] + 16) * 2 * UNIT,
+            (D / config["BD"] + config["BD"] + 16) * 2 * UNIT,
             D * TINY,
             HAS_B=b_dec is not None,
             HAS_CENTRE=centre,
             WORDS=words,
             enable_fp_fusion=True,
-            **ROWS_CONFIG,
+            **config,
         )
     return Rows(centred, rounded, low, scales, bounds)
 

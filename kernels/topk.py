@@ -246,7 +246,7 @@ def _config(N: int, F: int, k: int, item: int) -> dict:
     C = max(32, triton.next_power_of_2(2 * k))
     block = 128 * warps
     rank = max(2, 512 * warps // C)  # survivors compared at a time: 16 comparisons per thread
-    U = max(1, 1024 * warps // (NG * V))  # 32 columns per thread
+    U = max(1, min(1024 * warps // (NG * V), triton.cdiv(F, NG * V)))  # 32 columns per thread
     # Without an explicit limit ptxas spills a scalar or two to reach a higher occupancy.
     options = {"num_warps": warps, "maxnreg": 128}
     sizes = {"UNIT": unit, "NG": NG, "V": V, "U": U, "C": C, "RANK": rank, "BLOCK": block}

@@ -126,7 +126,7 @@ def test_rows_of_activations(far, program, words):
         HAS_B=False,
         HAS_CENTRE=False,
         WORDS=words,
-        **rounding.ROWS_CONFIG,
+        **rounding.rows_config(1, WIDTH),
     )
     assert torch.equal(row_of(outs, last), v) and (bounds[-2:] > 0).all()
     coarse = row_of(highs, last, dtype=kind).float()
