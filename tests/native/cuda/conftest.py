@@ -58,7 +58,7 @@ def translate(folder: Path, arch: str) -> None:
         (folder / name).write_text('#include "emulation.h"\n')
 
 
-def compiled(folder: Path, arch: str) -> Path:
+def build(folder: Path, arch: str) -> Path:
     """A library of the ops, for an architecture."""
     translate(folder, arch)
     torch_folder = Path(torch.__file__).parent
@@ -73,24 +73,14 @@ def compiled(folder: Path, arch: str) -> Path:
         assert done.returncode == 0, done.stderr
 
     # Not linked with -fsanitize: the functions that it calls are in memory.cpp.
-    kernels, mistakes = folder / "kernels.o", folder / "mistakes.o"
-    checked = ("-O1", "-fsanitize=thread,alignment", "-x", "c++", "-c")
-    run(*checked, folder / "ops_cuda.cu", "-o", kernels)
-    run(*checked, HERE / "mistakes.cpp", "-o", mistakes)
-    run(
-        "-O2",
-        "-shared",
-        "-Wl,-Bsymbolic,--no-undefined",
-        HERE / "emulation.cpp",
-        HERE / "memory.cpp",
-        kernels,
-        mistakes,
-        f"-L{torch_folder}/lib",
-        "-ltorch_cpu",
-        "-lc10",
-        "-o",
-        library,
-    )
+    objects = []
+    for source in (folder / "ops_cuda.cu", HERE / "mistakes.cpp"):
+        objects.append(folder / f"{source.stem}.o")
+        run("-O1", "-fsanitize=thread,alignment", "-x", "c++", "-c", source, "-o", objects[-1])
+    sources = HERE / "emulation.cpp", HERE / "memory.cpp"
+    torch_libraries = f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"
+    own_symbols = "-Wl,-Bsymbolic,--no-undefined"  # memory.cpp's, not torch's
+    run("-O2", "-shared", own_symbols, *sources, *objects, *torch_libraries, "-o", library)
     return library
 
 
@@ -135,7 +125,7 @@ def builds(tmp_path_factory):
         pytest.skip(f"no C++ compiler {compiler!r} on PATH")
     folders = [tmp_path_factory.mktemp(arch) for arch in ARCHITECTURES]
     with ThreadPoolExecutor(2) as pool:
-        libraries = list(pool.map(compiled, folders, ARCHITECTURES))
+        libraries = list(pool.map(build, folders, ARCHITECTURES))
     return {
         arch: Cuda(library, arch) for arch, library in zip(ARCHITECTURES, libraries, strict=True)
     }
@@ -157,7 +147,8 @@ def cuda_is_native(cuda, monkeypatch):
 
 @pytest.fixture
 def demanding(steer_sample):
-    """Operations and gates of more items than are found together, empty ones, and mixed rows."""
+    """Operations and gates of more items than are found together, empty ones, thresholds below 0,
+    and rows of all policies side by side."""
 
     def sample(n, d, **options):
         rows = 140
@@ -172,6 +163,7 @@ def demanding(steer_sample):
         ]
         s = steer_sample(n, d, rows, policies=policies, **options)
         s.slots = torch.randint(0, len(policies), (n,), dtype=torch.int32)
+        s.table.theta[1::4] -= 1.0
         return s
 
     return sample

@@ -179,7 +179,7 @@ uint32_t meet(Meeting meeting, unsigned mask, uint32_t value, int from, const Si
   thread.value = value;
   thread.from = from;
   pause();
-  return thread.value;
+  return now.thread->value;
 }
 
 void pause() {
@@ -201,9 +201,11 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, void (*bod
   int blocks = 1;
   for (unsigned i = 0; i < config.numAttrs; ++i) blocks = (int)config.attrs[i].val.clusterDim.x;
   const int asked = shared_asked_for[kernel];
-  if (grid.x == 0 || grid.y - 1 >= 65535 || grid.z != 1 || block.x % 32 || block.x - 1 >= 1024 ||
-      block.y != 1 || block.z != 1 || blocks < 1 || blocks > kMostBlocks || grid.x % blocks ||
-      (blocks > 1 && __CUDA_ARCH__ < 900) || config.dynamicSmemBytes > (size_t)std::max(asked, kSharedWithoutAsking)) {
+  const bool shared = (int)config.dynamicSmemBytes <= std::max(asked, kSharedWithoutAsking);
+  const bool cluster = blocks == 1 || (blocks > 1 && blocks <= kMostBlocks && __CUDA_ARCH__ >= 900);
+  const bool whole = block.x % 32 == 0 && block.y * block.z * grid.z == 1;  // all that is used here
+  const bool sizes = block.x - 1 < 1024 && grid.y - 1 < 65535 && grid.x > 0;
+  if (!(shared && cluster && whole && sizes && grid.x % blocks == 0)) {
     return last_error = cudaErrorInvalidConfiguration;
   }
   gridDim = grid;

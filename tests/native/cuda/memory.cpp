@@ -28,10 +28,10 @@ std::vector<Region> regions;
 
 // Who touched a word last, and after which barriers.
 struct Stamp {
-  int block = -1;   // none
-  int thread = 0;   // -1: several of the block
-  int line = 0;     // where that thread last met others
+  int block = -1;  // none
+  int thread = 0;  // -1: several
   int epoch = 0, cluster_epoch = 0;
+  Site site;  // where that thread last met others
 };
 struct Word {
   Stamp write, read, read_from_afar;
@@ -67,16 +67,21 @@ bool before(const Stamp& stamp) {
           (stamp.epoch < now.blocks[block].epoch || stamp.thread == (int)now.thread->index.x));
 }
 
+std::string byte(size_t at) {
+  const bool variable = at >= kStatic;
+  return " byte " + std::to_string(variable ? at - kStatic : at) + " of " +
+         (variable ? "the shared variable" : "dynamic shared memory");
+}
+
 void race(const Stamp& other, const char* does, const char* did, size_t at) {
-  fail(std::string(does) + " byte " + std::to_string(at) + " of shared memory, which " +
-       name(other.block, other.thread) + " " + did + " after line " + std::to_string(other.line) +
-       ": no barrier between");
+  fail(does + byte(at) + ", which " + name(other.block, other.thread) + " " + did + " after " +
+       place(other.site) + ": no barrier between");
 }
 
 void touch_word(Word& word, int owner, size_t at, bool write) {
   const Thread& thread = *now.thread;
-  const Stamp mine{thread.block, (int)thread.index.x, (int)thread.site.line(),
-                   now.blocks[thread.block].epoch, now.epoch};
+  const Stamp mine{thread.block, (int)thread.index.x, now.blocks[thread.block].epoch, now.epoch,
+                   thread.site};
   if (!before(word.write)) race(word.write, write ? "overwrites" : "reads", "wrote", at);
   if (write) {
     if (!before(word.read)) race(word.read, "overwrites", "read", at);
@@ -84,7 +89,7 @@ void touch_word(Word& word, int owner, size_t at, bool write) {
     word.write = mine;
     return;
   }
-  if (word.write.block < 0) fail("reads byte " + std::to_string(at) + " of shared memory unwritten");
+  if (word.write.block < 0) fail("reads" + byte(at) + ", which nobody wrote");
   Stamp& last = thread.block == owner ? word.read : word.read_from_afar;
   const bool others = !before(last);
   last = mine;
@@ -127,8 +132,8 @@ void touch(const void* address, size_t bytes, bool write) {
 }  // namespace
 
 std::string describe(const Thread& thread) {
-  static constexpr const char* kNames[] = {"shuffle",       "shuffle",       "ballot", "__syncwarp",
-                                           "__syncthreads", "cluster's sync", "exit"};
+  static constexpr const char* kNames[] = {"shuffle",    "shuffle",       "ballot",
+                                           "__syncwarp", "__syncthreads", "cluster's sync"};
   const std::string who = name(thread.block, (int)thread.index.x);
   if (thread.meeting == Meeting::exit) return who + " has left";
   return who + " waits at " + place(thread.site) + " (" + kNames[(int)thread.meeting] + ")";
@@ -154,7 +159,8 @@ void clear_shared() {
 }
 
 void* static_shared(size_t bytes) {
-  if (bytes > kSlot - kStatic || bytes + now.shared_bytes > now.shared_at_most) fail("has no room for its shared variable");
+  const bool fits = bytes <= kSlot - kStatic && bytes + now.shared_bytes <= now.shared_at_most;
+  if (!fits) fail("has no room for its shared variable");
   static_bytes = bytes;
   return shared + now.thread->block * kSlot + kStatic;
 }
@@ -169,8 +175,8 @@ void* shared_of(const void* mine, int rank) {
 
 void leave(int block) {
   if (now.blocks[block].read_from_afar == now.epoch) {
-    throw std::runtime_error("block " + std::to_string(block) + " leaves after "
-                             "others read its shared memory: no barrier between");
+    throw std::runtime_error("block " + std::to_string(block) +
+                             " leaves after others read its shared memory: no barrier between");
   }
   now.blocks[block].left = true;
 }
@@ -181,10 +187,10 @@ void leave(int block) {
 
 using emulation::touch;
 
-#define ACCESS(bytes)                                                                        \
-  extern "C" void __tsan_read##bytes(void* at) { touch(at, bytes, false); }                  \
-  extern "C" void __tsan_write##bytes(void* at) { touch(at, bytes, true); }                  \
-  extern "C" void __tsan_unaligned_read##bytes(void* at) { touch(at, bytes, false); }        \
+#define ACCESS(bytes)                                                                 \
+  extern "C" void __tsan_read##bytes(void* at) { touch(at, bytes, false); }           \
+  extern "C" void __tsan_write##bytes(void* at) { touch(at, bytes, true); }           \
+  extern "C" void __tsan_unaligned_read##bytes(void* at) { touch(at, bytes, false); } \
   extern "C" void __tsan_unaligned_write##bytes(void* at) { touch(at, bytes, true); }
 ACCESS(1)
 ACCESS(2)

@@ -32,42 +32,40 @@ SPARE = {  # not needed, and why
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_missing_barrier_is_seen(cuda, demanding, barrier):
     s, line = demanding(17, 640), BARRIERS[barrier]
-    alone = (
-        cuda.name == "sm_80" and barrier == "steer_rows_kernel 2"
-    )  # nobody else reads its memory
-    if barrier in SPARE or alone:
+    last = barrier == "steer_rows_kernel 2"  # before a block leaves, for the others of its cluster
+    if barrier in SPARE or (last and cuda.name == "sm_80"):
         wanted = cuda.steer_sample(s)
         cuda.schedule(1, line)
         assert torch.equal(cuda.steer_sample(s), wanted)
         return
     for order in (0, 1, 2):
         cuda.schedule(order, line)
-        with pytest.raises(RuntimeError, match=r"no barrier between|unwritten|which left"):
+        with pytest.raises(RuntimeError, match=r"no barrier between|nobody wrote|which left"):
             cuda.steer_sample(s)
+
+
+NEVER = "these never meet: "
 
 
 @pytest.mark.parametrize(
     "name,words",
     [
-        ("reads_before_it_is_written", "reads byte 128 of shared memory unwritten"),
-        (
-            "overwrites_what_others_read",
-            "reads byte 124 .* thread 31 of block 0 wrote .*no barrier",
-        ),
-        ("shuffles_order_no_memory", "reads byte 4 .* thread 1 of block 0 wrote .*no barrier"),
-        ("half_the_block_waits", "never meet: .* (__syncthreads), and .* has left"),
-        ("two_barriers_at_once", "never meet: .* (__syncthreads), .* (__syncthreads)"),
-        ("half_the_warp_shuffles", "never meet: thread 0 of block 0 has left, and thread 1"),
-        ("masks_out_a_lane", "not a full mask"),
-        ("asks_a_lane_of_another_warp", "no such lane"),
-        ("writes_past_its_shared_memory", "thread 63 .* is outside of its block's shared memory"),
-        ("writes_past_the_tensor", "thread 63 .* writes 4 bytes that are not its own"),
-        ("loads_at_an_odd_address", "not aligned"),
-        ("reads_of_another_block_too_early", "reads byte 0 of shared memory unwritten"),
-        ("leaves_while_others_read", "uses the shared memory of block 0, which left"),
-        ("one_block_leaves_the_others_waiting", "never meet: .* (cluster's sync), and .* has left"),
+        ("reads_before_it_is_written", ["reads byte 128 of dynamic", "which nobody wrote"]),
+        ("overwrites_what_others_read", ["thread 31 of block 0 wrote", "no barrier between"]),
+        ("shuffles_order_no_memory", ["reads byte 4", "thread 1 of block 0 wrote", "no barrier"]),
+        ("half_the_block_waits", [NEVER, "(__syncthreads), and", "has left"]),
+        ("two_barriers_at_once", [NEVER, "(__syncthreads), and", "(__syncthreads)"]),
+        ("half_the_warp_shuffles", [NEVER + "thread 0 of block 0 has left, and thread 1 of"]),
+        ("masks_out_a_lane", ["not a full mask: thread 0 of block 0 waits at mistakes.cpp:"]),
+        ("asks_a_lane_of_another_warp", ["no such lane"]),
+        ("writes_past_its_shared_memory", ["thread 63", "outside of its block's shared memory"]),
+        ("writes_past_the_tensor", ["thread 63", "writes 4 bytes that are not its own"]),
+        ("loads_at_an_odd_address", ["not aligned"]),
+        ("reads_of_another_block_too_early", ["reads byte 0 of dynamic", "nobody wrote"]),
+        ("leaves_while_others_read", ["uses the shared memory of block 0, which left"]),
+        ("one_block_leaves_the_others_waiting", [NEVER, "(cluster's sync), and", "has left"]),
     ],
 )
 def test_a_mistake_is_seen(builds, name, words):
     said = builds["sm_90"].mistake(name)
-    assert re.search(words.replace("(", r"\(").replace(")", r"\)"), said), said
+    assert all(word in said for word in words), said

@@ -8,6 +8,7 @@ import torch
 
 TESTS = Path(__file__).parent.parent.parent
 
+
 # --- what is asked of every backend --------------------------------------------------------------
 
 REUSED = {
@@ -53,8 +54,9 @@ def short(*shape):
     return torch.randn(*shape).bfloat16()
 
 
-def test_decode_adds_in_the_order_of_the_entries(builds, mixed):
+def test_decode_adds_in_the_order_of_the_entries(builds, mixed, threads):
     """Bit for bit, in words of 16 bytes and one by one."""
+    threads(1)
     decode = builds["sm_90"].decode
     n, k, f, d = 58, 34, 50, 2304  # enough rows for words of 16 bytes
     values, W = short(n, k).to(mixed[0]), short(f, d).to(mixed[1])
@@ -73,9 +75,8 @@ def test_decode_of_weights_at_odd_addresses(builds, decode_sample, relayout):
     s = decode_sample(58, 3, 2304, 20, dtype=torch.bfloat16)
     even = builds["sm_90"].decode(s.values, s.indices, s.W)
     odd = relayout(s.W, "offset")
-    assert odd.data_ptr() % 16 and torch.equal(
-        builds["sm_90"].decode(s.values, s.indices, odd), even
-    )
+    assert odd.data_ptr() % 16
+    assert torch.equal(builds["sm_90"].decode(s.values, s.indices, odd), even)
 
 
 @pytest.mark.parametrize("d", [33, 2304])
@@ -94,6 +95,7 @@ def test_decode_shows_an_index_out_of_range(builds, d):
 # --- steer ---------------------------------------------------------------------------------------
 
 
+NOTHING = ([], None, False)
 SIZES = [(n, d) for n in (1, 3, 16, 17, 33) for d in (1, 7, 100, 130)]
 SIZES += [(1, 640), (16, 640), (33, 640), (3, 1030), (18, 1030), (17, 2304)]
 
@@ -106,6 +108,22 @@ def test_steer_of_every_size(cuda_is_native, demanding, as_good_as_torch, n, d):
 @pytest.mark.parametrize("n", [2, 19])
 def test_steer_of_every_type(cuda_is_native, demanding, as_good_as_torch, dtype, n):
     steer_tests.check(demanding(n, 640, dtype=dtype), "native", as_good_as_torch)
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        [NOTHING],
+        [NOTHING, ([], ([1], -1.0), True), ([], None, True)],  # no operation at all
+        [NOTHING, *(([(kind, [(0, 0.5)], 1.0)], None, False) for kind in range(6))],
+        [NOTHING, ([(kind % 6, [(kind % 9, 0.1)], 0.4) for kind in range(40)], None, True)],
+    ],
+    ids=["one slot", "no operations", "one operation", "40 operations"],
+)
+def test_tables_of_every_shape(cuda_is_native, steer_sample, as_good_as_torch, policies):
+    for n, d in ((3, 37), (18, 132)):
+        s = steer_sample(n, d, policies=policies)
+        steer_tests.check(s, "native", as_good_as_torch)
 
 
 @pytest.mark.parametrize("d", [100, 640])
@@ -136,7 +154,7 @@ def test_a_wrong_slot_makes_its_row_nan(cuda, demanding, n):
 def test_weights_that_no_item_names_are_not_used(cuda, steer_sample, n, d):
     """Not even times zero: the row behind the one that is read may hold anything."""
     operations = [(kind, [(1, 0.5)], 0.7) for kind in (1, 2, 3, 4, 5)]
-    s = steer_sample(n, d, 4, policies=[([], None, False), (operations, ([1], -1.0), True)])
+    s = steer_sample(n, d, 4, policies=[NOTHING, (operations, ([1], -1.0), True)])
     s.slots[:] = 1
     clean = cuda.steer_sample(s)
     for weights in (s.table.enc, s.table.dec):
@@ -144,8 +162,18 @@ def test_weights_that_no_item_names_are_not_used(cuda, steer_sample, n, d):
     assert torch.equal(cuda.steer_sample(s), clean) and clean.isfinite().all()
 
 
+@pytest.mark.parametrize("n", [2, 17])
+@pytest.mark.parametrize("d", [37, 130, 132, 636])
+def test_an_infinite_weight_meets_no_padding(cuda, steer_sample, n, d):
+    """∞ · 0 would be NaN, for which no gate opens; ∞ itself is above anything."""
+    s = steer_sample(n, d, policies=[NOTHING, ([(4, [(0, 1.0)], 0.0)], ([1], 1e30), False)])
+    s.slots[:], s.strengths[:] = 1, 1.0
+    s.table.enc[1, :4], s.x[:, :4] = torch.inf, 1.0
+    torch.testing.assert_close(cuda.steer_sample(s), s.x + s.table.dec[0])
+
+
 def test_a_direction_that_is_not_active_may_hold_anything(cuda, steer_sample):
-    policies = [([], None, False), ([(1, [(0, 1.0), (1, 1.0)], 0.0)], None, False)]
+    policies = [NOTHING, ([(1, [(0, 1.0), (1, 1.0)], 0.0)], None, False)]
     s = steer_sample(18, 640, 4, policies=policies)
     s.slots[:], s.table.bias[1] = 1, -1e9
     clean = cuda.steer_sample(s)
@@ -174,13 +202,14 @@ def test_blocks_alone_and_in_clusters_agree(builds, demanding):
 
 def test_rows_too_wide_for_four_or_for_any(builds, demanding):
     """Without clusters all of a row, and what is added to it, lies in the memory of one block."""
-    s = demanding(17, 5376)
-    got = builds["sm_80"].steer_sample(s)
+    cuda, s = builds["sm_80"], demanding(17, 5376)
+    got = cuda.steer_sample(s)
     for i in (0, 16):
-        alone = builds["sm_80"].steer_sample(s, [i])
-        assert torch.equal(alone[0], got[i])
+        assert torch.equal(cuda.steer_sample(s, [i])[0], got[i])
+    one = torch.ones(1, 1)
+    assert cuda.decode(one, one.int() - 1, one) == 1  # no error is left for the next launch
     with pytest.raises(RuntimeError, match="CUDA error 1"):
-        builds["sm_80"].steer_sample(demanding(1, 20_900))
+        cuda.steer_sample(demanding(1, 20_900))
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -209,10 +238,7 @@ def test_the_order_of_threads_changes_no_bit(cuda, demanding, decode_sample, ord
 )
 def test_steer_refuses_what_does_not_fit(cuda, steer_sample, name, value, words):
     s = steer_sample(3)
-    changes = (
-        {name: value}
-        if name in ("x", "slots", "strengths")
-        else {"table": s.table._replace(**{name: value})}
-    )
+    if name in s.table._fields:
+        name, value = "table", s.table._replace(**{name: value})
     with pytest.raises(RuntimeError, match=words):
-        cuda.steer_sample(s, **changes)
+        cuda.steer_sample(s, **{name: value})
