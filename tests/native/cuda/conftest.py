@@ -156,8 +156,8 @@ def demanding(steer_sample):
         policies = [
             ([], None, False),
             ([(1, some[:130], 0.0), (2, some[9:12], 0.0)], None, True),
-            ([(3, some[-65:], 0.0), (4, some[3:6], 0.0)], (list(range(70)), -1.0), False),
-            ([(5, some[:66], 0.5), (2, [], 0.0), (5, [], 1.0), (4, some[:64], 0.0)], None, False),
+            ([(3, some[-9:], 0.0), (4, some[3:6], 0.0)], (list(range(66)), -1.0), False),
+            ([(5, some[:66], 0.5), (2, [], 0.0), (5, [], 1.0), (4, some[:70], 0.0)], None, False),
             ([(4, some[:9], 0.0)], ([4, 5], 1e9), True),
             ([], None, True),
         ]

@@ -116,9 +116,9 @@ def test_steer_of_every_type(cuda_is_native, demanding, as_good_as_torch, dtype,
         [NOTHING],
         [NOTHING, ([], ([1], -1.0), True), ([], None, True)],  # no operation at all
         [NOTHING, *(([(kind, [(0, 0.5)], 1.0)], None, False) for kind in range(6))],
-        [NOTHING, ([(kind % 6, [(kind % 9, 0.1)], 0.4) for kind in range(40)], None, True)],
+        [NOTHING, ([(kind % 6, [(kind % 9, 0.1)], 0.4) for kind in range(13)], None, True)],
     ],
-    ids=["one slot", "no operations", "one operation", "40 operations"],
+    ids=["one slot", "no operations", "one operation", "13 operations"],
 )
 def test_tables_of_every_shape(cuda_is_native, steer_sample, as_good_as_torch, policies):
     for n, d in ((3, 37), (18, 132)):
@@ -132,7 +132,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(cuda, demanding, d):
     together = cuda.steer_sample(s)  # groups of four
     sixteen = cuda.steer_sample(s, slice(16))
     assert torch.equal(sixteen, together[:16])
-    for i in range(19):
+    for i in range(0, 19, 3):
         alone = cuda.steer_sample(s, [i])
         assert torch.equal(alone[0], together[i])
     rest = torch.arange(19) % 3 != 0
@@ -168,8 +168,11 @@ def test_an_infinite_weight_meets_no_padding(cuda, steer_sample, n, d):
     """∞ · 0 would be NaN, for which no gate opens; ∞ itself is above anything."""
     s = steer_sample(n, d, policies=[NOTHING, ([(4, [(0, 1.0)], 0.0)], ([1], 1e30), False)])
     s.slots[:], s.strengths[:] = 1, 1.0
-    s.table.enc[1, :4], s.x[:, :4] = torch.inf, 1.0
+    columns = [0, 1, 2, 3, -1]  # what is read in the place of none, and another block's
+    s.table.enc[1, columns], s.x[:, columns] = torch.inf, 1.0
     torch.testing.assert_close(cuda.steer_sample(s), s.x + s.table.dec[0])
+    s.x[:, 0] = torch.nan  # NaN is not: no bit of the row changes
+    assert torch.equal(cuda.steer_sample(s).view(torch.int32), s.x.view(torch.int32))
 
 
 def test_a_direction_that_is_not_active_may_hold_anything(cuda, steer_sample):
