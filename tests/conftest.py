@@ -40,7 +40,9 @@ def _type_names(types) -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "op(name, but=()): the op whose backends the test runs on")
+    config.addinivalue_line(
+        "markers", "op(name, but=()): on all its backends and devices but these"
+    )
 
 
 def pytest_generate_tests(metafunc):
