@@ -288,10 +288,10 @@ struct Steer {
     const int gate_begin = p.gate_begin[slot], gate_end = p.gate_end[slot];
 #pragma unroll 1
     for (int i = gate_end > gate_begin ? -1 : 0; i < p.P; ++i) {
-      const int at = slot * p.P + max(i, 0), kind = i < 0 ? 6 : p.op_kind[at];
+      const int at = slot * p.P + i, kind = i < 0 ? 6 : p.op_kind[at];
       if (kind == 0) continue;
       const int begin = i < 0 ? gate_begin : p.op_begin[at], end = i < 0 ? gate_end : p.op_end[at];
-      operation(kind, begin, end, p.op_scalar[at], passes);
+      operation(kind, begin, end, i < 0 ? 0 : p.op_scalar[at], passes);
       for (int n = 0; i < 0 && n < R; ++n) {
         const float mean = s.total[n] / (float)(end - begin);
         if (!(mean >= p.gate_above[slot])) passes &= ~(1u << n);

@@ -40,7 +40,9 @@ def _type_names(types) -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "op(name, but=()): the op whose backends the test runs on")
+    config.addinivalue_line(
+        "markers", "op(name, but=()): on all its backends and devices but these"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -52,7 +54,7 @@ def pytest_generate_tests(metafunc):
             (device, name)
             for device in DEVICES
             for name in supported(marker.args[0], device)
-            if forced in (None, "", name) and name not in marker.kwargs.get("but", ())
+            if forced in (None, "", name) and not {device, name} & {*marker.kwargs.get("but", ())}
         ]
         metafunc.parametrize("device,backend", pairs, ids=["-".join(p) for p in pairs])
     elif "device" in names:
@@ -222,8 +224,10 @@ def steer_sample(activations):
     (kind, [(row, value)], scalar), a gate ([rows], above) or None, and whether the norm is kept.
     """
 
-    def sample(n=13, d=48, rows=9, *, dtype=torch.float32, device="cpu", kind="normal", seed=0):
-        policies = [
+    def sample(
+        n=13, d=48, rows=9, *, policies=(), dtype=torch.float32, device="cpu", kind="normal", seed=0
+    ):
+        policies = policies or [
             ([], None, False),
             ([(1, [(0, 2.0), (1, -1.0)], 0.0)], None, False),
             ([(2, [(2, 0.7), (3, 0.0), (4, 1.5)], 0.0), (1, [(2, 0.5)], 0.0)], None, True),
