@@ -80,4 +80,5 @@ def candidates(
             else:
                 h = product(operand, w.copy[first : first + width])
             collect(h, top, rows.bounds[part], features, into, first, D, k, group)
+            del h  # the next product takes its memory, which is in L2
     return Screened(rows, found, features.limits, w.stale)

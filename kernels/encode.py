@@ -135,4 +135,5 @@ def _streamed(x, W, bias, k: int, out) -> None:
     for first in range(0, W.shape[0], stream.TILE_COLUMNS):
         h = product(x, W[first : first + stream.TILE_COLUMNS])
         stream.offer(h, bias, found, first, k)
+        del h  # the next product takes its memory, which is in L2
     stream.finish(found, k, out)

@@ -182,6 +182,7 @@ def mi_topk(
             columns = _ColumnLSE(V, 1.0 / temperature, f.device)
             columns.add(raw)
             for part in parts[1:]:
+                raw = None  # the next product takes its memory, which is in L2
                 raw = product(f[part], w)
                 columns.add(raw)
             column_lse = columns.value()
@@ -189,7 +190,9 @@ def mi_topk(
         # it.
         order = parts if objective == "logit" else parts[::-1]
         for i, part in enumerate(order):
-            raw = raw if i == 0 else product(f[part], w)
+            if i > 0:
+                raw = None
+                raw = product(f[part], w)
             if objective != "logit":
                 _score_kernel[(raw.shape[0],)](
                     raw,

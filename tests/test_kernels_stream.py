@@ -5,6 +5,7 @@ the file again in a process that has it.
 """
 
 import os
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    from fastsae.kernels import encode, stream
+    from fastsae.kernels import candidates, encode, mi, stream
 
 
 def test_in_the_interpreter(run_again):
@@ -149,6 +150,41 @@ def test_encode_streams(monkeypatch, k):
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
     shapes = [(2, 8192), (2, 809), (1, 8192), (1, 809)]
     assert offered == (shapes if k <= stream.MAX_K else [])
+
+
+def streamed_encoding(monkeypatch):
+    monkeypatch.setattr(encode, "FEW_ROWS", 0)
+    monkeypatch.setattr(encode, "STREAMED_ROWS", 2)
+    x, W = torch.randn(2, 8).bfloat16(), torch.randn(20000, 8).bfloat16()
+    encode.encode_topk(x, W, torch.zeros(20000), 4)
+
+
+def screened_encoding(monkeypatch):
+    monkeypatch.setattr(candidates, "TILE_ROWS", 35)
+    monkeypatch.setattr(candidates, "TILE_COLUMNS", 64)
+    encode.encode_topk(torch.randn(70, 8), torch.randn(100, 8), torch.zeros(100), 4)
+
+
+def mutual_information(monkeypatch):
+    monkeypatch.setattr(mi, "TILE_BYTES", 400)
+    mi.mi_topk(torch.randn(30, 8), torch.randn(10, 8), 3)
+
+
+@pytest.mark.parametrize("caller", ["encode", "candidates", "mi"])
+def test_a_tile_is_gone_before_the_next_is_made(monkeypatch, caller):
+    """So that the next one takes its memory, which is in L2."""
+    module = {"encode": encode, "candidates": candidates, "mi": mi}[caller]
+    product, made = module.product, []
+
+    def watched(x, W):
+        assert all(tile() is None for tile in made)
+        made.append(weakref.ref(h := product(x, W)))
+        return h
+
+    monkeypatch.setattr(module, "product", watched)
+    run = {"encode": streamed_encoding, "candidates": screened_encoding, "mi": mutual_information}
+    run[caller](monkeypatch)
+    assert len(made) > 2
 
 
 if not INTERPRETING:  # only the test that starts the interpreter is left in this process
