@@ -150,7 +150,8 @@ def _collect_kernel(
     else:
         upper = top + error
         reach = (inside & ((upper < _least(floor)) == 0)).to(tl.int32)
-        if tl.sum(reach, axis=0) > SPAN * k:
+        # While there are fewer than k candidates, the floor may not have risen at all.
+        if (tl.sum(reach, axis=0) > SPAN * k) | (count < k):
             lower = _lower_keys(top, error, inside & (top < float("inf")))
             floor = tl.maximum(floor, _kth_largest(lower, k, NG, COARSE))
             reach = (inside & ((upper < _least(floor)) == 0)).to(tl.int32)
@@ -178,7 +179,7 @@ def _collect_kernel(
                 keep = (valid & ((s + e < _least(floor)) == 0)).to(tl.int32)
                 grown = count + tl.sum(keep, axis=0)
                 # Early too, once it has grown to a few times k: a higher floor lets less pass.
-                if (grown > C) | ((count < SPAN * k) & (grown >= SPAN * k)):
+                if (grown > C) | ((count >= k) & (count < SPAN * k) & (grown >= SPAN * k)):
                     floor, count = _prune(heads, errors, indices, count, k, floor, C)
                     keep = (valid & ((s + e < _least(floor)) == 0)).to(tl.int32)
             new = tl.sum(keep, axis=0)
@@ -207,15 +208,16 @@ def lists(N: int, C: int, device: torch.device) -> Lists:
     """Room for N lists; the tile that begins with feature 0 makes them empty."""
     heads, errors = torch.empty(2, N, C, device=device)
     indices = torch.empty(N, C, dtype=torch.int32, device=device)
-    counts, floors = torch.empty(2, N, dtype=torch.int32, device=device)
+    # Allocations of their own, for all are aligned alike: else another N would be compiled again.
+    counts, floors = (torch.empty(N, dtype=torch.int32, device=device) for _ in range(2))
     return Lists(heads, errors, indices, counts, floors)
 
 
 def _config(C: int, NG: int, G: int) -> dict:
-    """Enough warps that a list and all groups stay in registers; a decoding step, whose few rows
-    take few programs, has large ones."""
-    warps = 16 if C > 1024 or NG * G > 8192 else 4 if NG * G <= 4096 else 8
-    return {"BLOCK": 64 * warps, "num_warps": warps, "maxnreg": 128}
+    """Enough warps that a list and all groups stay in registers. What is looked at together, BLOCK,
+    fits an empty list, which cannot be pruned."""
+    warps = 16 if C > 1024 else 4 if NG * G <= 4096 else 8
+    return {"BLOCK": min(512, 64 * warps), "num_warps": warps, "maxnreg": 128}
 
 
 def collect(
@@ -280,7 +282,7 @@ def _aot(C: int, NG: int, G: int, *flags: str):
     options = {name: config.pop(name) for name in ("num_warps", "maxnreg")}
     constexprs = {flag: flag in flags for flag in ("HAS_MAXIMA", "LIMIT")}
     constexprs |= {"UNIT": 4, "NG": NG, "G": G, "C": C, **config}
-    # Without NaN rows would lose members; single loads would take most of the time.
+    # Single loads would take most of the time. What is NaN has no bound either, but make sure.
     wanted = ("!.ftz",) if "HAS_MAXIMA" in flags else ("!.ftz", "FMNMX.NAN", "LDG.E.128")
     expected = {"sm_80": wanted, "sm_90": wanted}
     return _collect_kernel, signature | {"tiny": "fp32"}, constexprs, options, expected

@@ -31,7 +31,8 @@ def _keys(x, inside, ACTIVE: tl.constexpr):
 
 @triton.jit
 def _least(floor):
-    """The number of which `floor`, at least POSITIVE, is the key."""
+    """The number that `floor`, at least POSITIVE, is the key of; where k numbers are NaN it may be
+    NaN too, below which nothing is: then all is let through, and pruned."""
     return (floor & 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 

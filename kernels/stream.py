@@ -29,6 +29,8 @@ from torch import Tensor
 MAX_K = 128  # a list holds as many and a program's BLOCK
 TILE_ROWS, TILE_COLUMNS = 1024, 8192  # of a product: fp32, 32 MB
 _CONFIG = {"STEPS": 4, "NG": 512, "V": 4, "C": 512, "BLOCK": 256, "num_warps": 4}
+assert TILE_COLUMNS == _CONFIG["STEPS"] * _CONFIG["NG"] * _CONFIG["V"]
+assert MAX_K + _CONFIG["BLOCK"] <= _CONFIG["C"]  # a pruned list has room for a block
 _FINISH = {"C": 512, "FEW": 128, "BLOCK": 32, "num_warps": 4}
 
 
@@ -96,7 +98,8 @@ def _stream_kernel(
         s += tl.load(bias + column, mask=inside, other=0.0)
         largest = _larger(largest, tl.reduce(tl.reshape(s, [NG, V]), 1, _larger))
     reach = ((largest < _least(floor)) == 0).to(tl.int32)  # a NaN reaches
-    if tl.sum(reach, axis=0) > SPAN * k:
+    # While there are fewer than k entries, the floor may not have risen at all.
+    if (tl.sum(reach, axis=0) > SPAN * k) | (count < k):
         keys = _keys(largest, tl.arange(0, NG) < NG, True)
         floor = tl.maximum(floor, _kth_largest(keys, k, NG, COARSE))
         reach = ((largest < _least(floor)) == 0).to(tl.int32)
@@ -116,7 +119,7 @@ def _stream_kernel(
         keep = (valid & ((value < _least(floor)) == 0)).to(tl.int32)
         grown = count + tl.sum(keep, axis=0)
         # Early too, once it has grown to a few times k: a higher floor lets less pass.
-        if (grown > C) | ((count < SPAN * k) & (grown >= SPAN * k)):
+        if (grown > C) | ((count >= k) & (count < SPAN * k) & (grown >= SPAN * k)):
             bound, count = _prune(packed, count, k, C)
             floor = tl.maximum(floor, bound)
             keep = (valid & ((value < _least(floor)) == 0)).to(tl.int32)
@@ -168,7 +171,8 @@ class Lists(NamedTuple):
 def lists(N: int, device: torch.device) -> Lists:
     """Room for N rows; the tile that begins with column 0 makes their lists empty."""
     packed = torch.empty(N, _CONFIG["C"], dtype=torch.int64, device=device)
-    counts, floors = torch.empty(2, N, dtype=torch.int32, device=device)
+    # Allocations of their own, for all are aligned alike: else another N would be compiled again.
+    counts, floors = (torch.empty(N, dtype=torch.int32, device=device) for _ in range(2))
     return Lists(packed, counts, floors)
 
 

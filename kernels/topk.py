@@ -201,7 +201,7 @@ def _select_kernel(
             part = _load_values(row, bias, column, F, HAS_BIAS)
             largest = _larger(largest, tl.reduce(tl.reshape(part, [NG, V]), 1, _larger))
     maxima = _keys(largest, tl.arange(0, NG) < NG, ACTIVE)
-    # Key 0 means "no value": with the floor at 1 padding columns never count as survivors.
+    # Key 0 means "no value": with the bound at 1 it never survives, nor do columns past the last.
     t = tl.maximum(_kth_largest(maxima, k, NG, COARSE), tl.full([], 1, tl.uint32))
 
     # Pass 2: list the groups that reach t and keep their survivors.
@@ -216,6 +216,8 @@ def _select_kernel(
             row, bias, packed, F, t, n_groups, HAS_BIAS, ACTIVE, NG, V, C, BLOCK
         )
     if count > C:
+        # All bits of the bound: rows of equals are then done after one more look.
+        t = tl.maximum(t, _kth_largest(maxima, k, NG))
         tl.debug_barrier()
         count = _sweep_row(row, bias, packed, F, k, t, HAS_BIAS, ACTIVE, BLOCK)
     tl.debug_barrier()

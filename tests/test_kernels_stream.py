@@ -31,6 +31,9 @@ def special_rows(kind, n, f):
         h = torch.full((n, f), 1.5)
     elif kind == "few positive":
         h = torch.where(torch.rand(n, f) < 3 / f, h.abs(), -h.abs())
+    elif kind == "few among zeros":
+        h = torch.full((n, f), -1.0)
+        h[:, [5, 9, 100]], h[:, 7], h[:, [3, 200]] = 0.0, -0.0, 1.0
     elif kind == "nothing positive":
         h = -h.abs()
     elif kind == "ascending":
@@ -51,6 +54,7 @@ KINDS = (
     "ties",
     "constant",
     "few positive",
+    "few among zeros",
     "nothing positive",
     "ascending",
     "near ties",
@@ -93,6 +97,7 @@ def test_special_rows(kind, k):
         ([0, 8192], 8193),  # whole and a single column: loads of single numbers
         ([0, 4, 2052], 5000),
         ([0, 1, 700], 1001),  # nothing is aligned
+        ([0, 1, 701], 1001),  # 700 columns, but from column 1
         ([0, 3000, 1000, 2000], 4000),  # not in order: equals go by column all the same
     ],
 )
