@@ -1,9 +1,11 @@
 """The package as it is installed: names, places, versions, and life without the extension."""
 
+import ast
 import doctest
 import importlib.metadata
 import importlib.util
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +18,7 @@ import fastsae
 
 ROOT = Path(fastsae.__file__).resolve().parent.parent
 CHECKOUT = (ROOT / "pyproject.toml").exists()
+BESIDE = Path(__file__).resolve().parent.parent  # sources lie beside the tests, wherever ROOT is
 
 
 def run(code: str, directory: Path, *flags: str, **environment: str):
@@ -87,10 +90,29 @@ def test_one_version():
 
 def test_the_sources_ask_no_more_of_torch_than_its_oldest_version_has():
     """Headers of torch 2.11 lack a macro of later ones, and do not include stable/macros.h."""
-    sources = {path: path.read_text() for path in (ROOT / "csrc").iterdir()}
+    sources = {path: path.read_text() for path in (BESIDE / "csrc").iterdir()}
     assert not [p.name for p, text in sources.items() if "STABLE_TORCH_ERROR_CODE_CHECK" in text]
     checked = {p: text for p, text in sources.items() if "STD_CUDA_" in text}
     assert checked and all("<torch/csrc/stable/macros.h>" in text for text in checked.values())
+
+
+@pytest.mark.parametrize(
+    "said,folders",
+    [
+        ('#$ TOP=/a b/bin/..\n#$ LIBRARIES=  "-L/a b/lib/stubs" "-L/a b/lib"\n#$ PTXAS_FLAGS=', 2),
+        ("nvcc fatal: something else", 0),
+    ],
+)
+def test_the_cuda_runtime_is_linked_from_where_nvcc_has_it(tmp_path, said, folders):
+    """nvcc on PATH may be a wrapper: the folder above it holds no libraries then."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(said)} >&2\n")
+    nvcc.chmod(0o755)
+    tree = ast.parse((BESIDE / "setup.py").read_text())  # importing it would build
+    tree.body = [n for n in tree.body if getattr(n, "name", "") == "toolkit_libraries"]
+    names = {"os": os, "shlex": shlex, "subprocess": subprocess}
+    exec(compile(tree, "setup.py", "exec"), names)
+    assert names["toolkit_libraries"](str(nvcc)) == ["/a b/lib/stubs", "/a b/lib"][:folders]
 
 
 @pytest.mark.parametrize("stem", ["topk", "encode", "decode", "mi"])
