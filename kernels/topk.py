@@ -208,7 +208,9 @@ def _select_kernel(
     reach = (maxima >= t).to(tl.int32)
     n_groups = tl.sum(reach, axis=0)
     count = tl.full([], C + 1, tl.int32)
-    if n_groups <= C:
+    if n_groups > C:  # all bits of the bound: a row of equals is then done after one more look
+        t = tl.maximum(t, _kth_largest(maxima, k, NG))
+    else:
         position = tl.cumsum(reach, axis=0) - reach
         tl.store(packed + C + position, tl.arange(0, NG).to(tl.int64), mask=reach == 1)
         tl.debug_barrier()
@@ -216,8 +218,6 @@ def _select_kernel(
             row, bias, packed, F, t, n_groups, HAS_BIAS, ACTIVE, NG, V, C, BLOCK
         )
     if count > C:
-        # All bits of the bound: rows of equals are then done after one more look.
-        t = tl.maximum(t, _kth_largest(maxima, k, NG))
         tl.debug_barrier()
         count = _sweep_row(row, bias, packed, F, k, t, HAS_BIAS, ACTIVE, BLOCK)
     tl.debug_barrier()
