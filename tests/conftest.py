@@ -40,9 +40,7 @@ def _type_names(types) -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "op(name, but=()): on all its backends and devices but these"
-    )
+    config.addinivalue_line("markers", "op(name, but=()): all its backends and devices but these")
 
 
 def pytest_generate_tests(metafunc):
@@ -235,13 +233,12 @@ def steer_sample(activations):
             ([(4, [(5, 0.8), (6, -0.3)], 0.0), (5, [(7, 0.0), (8, 0.0)], 1.5)], None, False),
             ([(5, [(1, 0.0)], 0.3), (0, [], 0.0), (4, [(0, 1.0)], 0.0)], ([3], -1.0), True),
         ]
-        table = _table(policies, d, rows, activations, device, seed)
         draw = torch.Generator().manual_seed(seed)
         return SimpleNamespace(
             x=activations(n, d, dtype=dtype, device=device, kind=kind, seed=seed + 9),
             slots=(torch.arange(n) % len(policies)).to(dtype=torch.int32, device=device),
             strengths=(torch.rand(n, generator=draw) * 1.5).to(device),
-            table=table,
+            table=_table(policies, d, rows, activations, device, seed),
             policies=policies,
         )
 

@@ -23,7 +23,6 @@ if INTERPRETING:
         mi,
         sparse_outer,
         steer,
-        topk,
     )
 
 
@@ -47,94 +46,6 @@ def as_good_as_torch(got, oracle, by_torch):
 
 def doubled(*tensors):
     return [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
-
-
-def special_rows(kind, n, f):
-    x = torch.randn(n, f)
-    if kind == "ties":
-        x = torch.randint(-2, 3, (n, f)).float()
-    elif kind == "constant":
-        x = torch.full((n, f), -1.5)
-    elif kind == "few positive":
-        x = torch.where(torch.rand(n, f) < 3 / f, x.abs(), 0)
-    elif kind == "ascending":
-        x = torch.arange(float(f)).repeat(n, 1)
-    elif kind == "nan and infinity":
-        x[:, 3], x[:, f - 1], x[:, 1], x[:, 0] = torch.nan, torch.nan, torch.inf, -torch.inf
-    elif kind == "signed zeros":
-        x = torch.where(torch.rand(n, f) < 0.5, 0.0, -0.0)
-        x[:, f // 2] = 1e-45  # the smallest denormal is above both zeros
-    return x
-
-
-KINDS = ("ties", "constant", "few positive", "ascending", "nan and infinity", "signed zeros")
-
-
-@pytest.mark.parametrize(
-    "n,f,k,x_dtype",
-    [
-        (0, 50, 4, torch.float32),
-        (1, 1, 1, torch.float32),
-        (7, 129, 1, torch.float32),
-        (2, 640, 640, torch.float32),
-        (3, 5003, 32, torch.float32),
-        (2, 20011, 100, torch.bfloat16),
-        (2, 9000, 256, torch.float16),
-        (1, 5000, 1024, torch.float32),
-        (2, 3000, 1025, torch.float32),
-    ],
-)
-def test_topk_of_random_rows(n, f, k, x_dtype):
-    x = torch.randn(n, f).to(x_dtype)
-    values, indices = topk.topk(x, k)
-    wanted = reference.topk(x, k)
-    assert values.dtype == x_dtype and indices.dtype == torch.int32
-    assert same(values, wanted[0]) and torch.equal(indices, wanted[1])
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("f,k", [(2100, 20), (700, 300)])
-def test_topk_of_special_rows(kind, f, k):
-    x = special_rows(kind, 2, f)
-    got, wanted = topk.topk(x, k), reference.topk(x, k)
-    assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-
-
-@pytest.mark.parametrize("k", [5, 300, 1100])
-def test_select_keeps_actives_and_pads(k):
-    h, bias = torch.randn(4, 1500) - 3, torch.randn(1500)
-    h[0], h[1, 7], h[2, :4] = -5, torch.nan, 9
-    bias[0] = -0.0
-    wanted = reference.relu_with_padding(*reference.topk(h + bias, k))
-    got = topk.select(h, k, bias, active=True)
-    assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-
-
-def test_select_writes_its_rows_only():
-    """Rows between sentinels at an odd offset: nothing beside them changes."""
-    x = torch.randn(3, 300)
-    wanted = reference.topk(x, 10)
-    values, indices = torch.full((61,), 7.0), torch.full((61,), -7, dtype=torch.int32)
-    config = topk._config(3, 300, 10, 4)
-    packed = torch.full((3 * 2 * config["C"] + 2,), -7, dtype=torch.int64)
-    flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False, "PLACED": False}
-    arguments = (
-        x,
-        x,
-        indices,
-        values[13:],
-        indices[13:],
-        packed[1:],
-        packed,
-        300 // config["UNIT"],
-        10,
-    )
-    topk._select_kernel[(3,)](*arguments, **flags, **config)
-    assert torch.equal(values[13:43], wanted[0].flatten())
-    assert torch.equal(indices[13:43], wanted[1].flatten())
-    assert (values[:13] == 7).all() and (values[43:] == 7).all()
-    assert (indices[:13] == -7).all() and (indices[43:] == -7).all()
-    assert packed[0] == packed[-1] == -7
 
 
 def integer_sae(n, d, f):

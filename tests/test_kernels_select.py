@@ -1,4 +1,4 @@
-"""Selection from tiles that stream by, in Triton's interpreter, against the reference.
+"""Selection from rows, and from tiles that stream by, in Triton's interpreter.
 
 Triton reads TRITON_INTERPRET when it is imported. Without it this file has one test, which runs
 the file again in a process that has it.
@@ -12,56 +12,133 @@ import torch
 
 from fastsae.ops import reference
 
-pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    from fastsae.kernels import candidates, encode, mi, stream
+    from fastsae.kernels import candidates, encode, mi, stream, topk
 
 
 def test_in_the_interpreter(run_again):
     run_again(__file__)
 
 
+def same(got, wanted):
+    """Equal bit by bit as far as torch.equal sees, with NaN equal to NaN."""
+    got, wanted = got.float(), wanted.float()
+    return torch.equal(got.isnan(), wanted.isnan()) and torch.equal(
+        got.nan_to_num(0), wanted.nan_to_num(0)
+    )
+
+
 def special_rows(kind, n, f):
     h = torch.randn(n, f)
     if kind == "ties":
         h = torch.randint(-2, 3, (n, f)).float()
+    elif kind == "near ties":
+        h = 1 + torch.rand(n, f) * 3e-5
     elif kind == "constant":
         h = torch.full((n, f), 1.5)
+    elif kind == "negative constant":
+        h = torch.full((n, f), -1.5)
     elif kind == "few positive":
         h = torch.where(torch.rand(n, f) < 3 / f, h.abs(), -h.abs())
+    elif kind == "mostly zeros":
+        h = torch.where(torch.rand(n, f) < 3 / f, h.abs(), 0)
     elif kind == "few among zeros":
         h = torch.full((n, f), -1.0)
         h[:, [5, 9, 100]], h[:, 7], h[:, [3, 200]] = 0.0, -0.0, 1.0
-    elif kind == "nothing positive":
-        h = -h.abs()
     elif kind == "ascending":
-        h = torch.arange(1.0, f + 1).repeat(n, 1)
-    elif kind == "near ties":
-        h = 1 + torch.rand(n, f) * 3e-5
+        h = torch.arange(float(f)).repeat(n, 1)
     elif kind == "nan and infinity":
         h[:, 3], h[:, f - 1], h[:, 1], h[:, 0] = torch.nan, torch.nan, torch.inf, -torch.inf
     elif kind == "only nan":
         h[:] = torch.nan
+    elif kind == "signed zeros":
+        h = torch.where(torch.rand(n, f) < 0.5, 0.0, -0.0)
+        h[:, f // 2] = 1e-45  # the smallest denormal is above both zeros
     elif kind == "denormal":
         h = torch.randint(-9, 9, (n, f)) * 1e-45
     return h
 
 
 KINDS = (
-    "normal",
-    "ties",
-    "constant",
-    "few positive",
-    "few among zeros",
-    "nothing positive",
-    "ascending",
-    "near ties",
-    "nan and infinity",
-    "only nan",
-    "denormal",
+    *("normal", "ties", "near ties", "constant", "negative constant", "few positive"),
+    *("mostly zeros", "few among zeros", "ascending", "nan and infinity", "only nan"),
+    *("signed zeros", "denormal"),
 )
+
+
+# --- rows that are there: topk, select ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "n,f,k,x_dtype",
+    [
+        (0, 50, 4, torch.float32),
+        (1, 1, 1, torch.float32),
+        (7, 129, 1, torch.float32),
+        (2, 640, 640, torch.float32),
+        (3, 5003, 32, torch.float32),
+        (2, 20011, 100, torch.bfloat16),
+        (2, 9000, 256, torch.float16),
+        (1, 5000, 1024, torch.float32),
+        (2, 3000, 1025, torch.float32),
+    ],
+)
+def test_topk_of_random_rows(n, f, k, x_dtype):
+    x = torch.randn(n, f).to(x_dtype)
+    values, indices = topk.topk(x, k)
+    wanted = reference.topk(x, k)
+    assert values.dtype == x_dtype and indices.dtype == torch.int32
+    assert same(values, wanted[0]) and torch.equal(indices, wanted[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("f,k", [(2100, 20), (700, 300)])
+def test_topk_of_special_rows(kind, f, k):
+    x = special_rows(kind, 2, f)
+    got, wanted = topk.topk(x, k), reference.topk(x, k)
+    assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("k", [5, 300, 1100])
+def test_select_keeps_actives_and_pads(k):
+    h, bias = torch.randn(4, 1500) - 3, torch.randn(1500)
+    h[0], h[1, 7], h[2, :4] = -5, torch.nan, 9
+    bias[0] = -0.0
+    wanted = reference.relu_with_padding(*reference.topk(h + bias, k))
+    got = topk.select(h, k, bias, active=True)
+    assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+
+def test_select_writes_its_rows_only():
+    """Rows between sentinels at an odd offset: nothing beside them changes."""
+    x = torch.randn(3, 300)
+    wanted = reference.topk(x, 10)
+    values, indices = torch.full((61,), 7.0), torch.full((61,), -7, dtype=torch.int32)
+    config = topk._config(3, 300, 10, 4)
+    packed = torch.full((3 * 2 * config["C"] + 2,), -7, dtype=torch.int64)
+    flags = {"HAS_BIAS": False, "MAPPED": False, "ACTIVE": False, "PLACED": False}
+    arguments = (
+        x,
+        x,
+        indices,
+        values[13:],
+        indices[13:],
+        packed[1:],
+        packed,
+        300 // config["UNIT"],
+        10,
+    )
+    topk._select_kernel[(3,)](*arguments, **flags, **config)
+    assert torch.equal(values[13:43], wanted[0].flatten())
+    assert torch.equal(indices[13:43], wanted[1].flatten())
+    assert (values[:13] == 7).all() and (values[43:] == 7).all()
+    assert (indices[:13] == -7).all() and (indices[43:] == -7).all()
+    assert packed[0] == packed[-1] == -7
+
+
+# --- rows that stream by in tiles -----------------------------------------------------------------
 
 
 def streamed(h, bias, k, starts):
@@ -79,13 +156,12 @@ def streamed(h, bias, k, starts):
 def check(h, bias, k, starts):
     wanted = reference.relu_with_padding(*reference.topk(h + bias, k))
     got = streamed(h, bias, k, starts)
-    assert torch.equal(got[1], wanted[1])
-    assert torch.equal(got[0].nan_to_num(-1), wanted[0].nan_to_num(-1))
+    assert same(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("k", [20, 128])
-def test_special_rows(kind, k):
+def test_special_rows_that_stream(kind, k):
     h, bias = special_rows(kind, 1, 6000), torch.zeros(6000)
     check(h, bias, k, [0, 4096])
 
